@@ -1,0 +1,101 @@
+"""A checkpoint: one folder that alone rebuilds its model.
+
+`weights.safetensors` holds the best weights so far, `config.json` the trial's configuration, `metrics.json`
+the scores; `training.pt`, present while the trial is unfinished, the state from which training goes on.
+Nothing in it is run when it is read: safetensors and JSON hold no code, and the training state is loaded
+with `weights_only=True`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from saltray.config import TrialConfig, UserError
+from saltray.model import EncoderDecoder, build_model
+
+WEIGHTS, CONFIG, METRICS, TRAINING = "weights.safetensors", "config.json", "metrics.json", "training.pt"
+
+
+class CheckpointError(UserError):
+    """The folder is no complete checkpoint; the message names the file."""
+
+
+def save(
+    folder: Path,
+    weights: dict[str, Tensor],
+    config: TrialConfig,
+    metrics: dict[str, Any],
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint into an existing folder.
+
+    Args:
+        folder: where to write; files of the same names are replaced.
+        weights: the model's state dict.
+        config: the trial's configuration.
+        metrics: plain values.
+        training: the loop's state, of tensors and plain values; None when the trial is finished.
+    """
+    # A copy in the plain memory layout: safetensors stores no strides.
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    safetensors.torch.save_file(plain, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+    if training is not None:
+        torch.save(training, folder / TRAINING)
+
+
+def load_config(folder: Path) -> TrialConfig:
+    """Read the trial's configuration; raises CheckpointError."""
+    return TrialConfig.from_dict(_read_json(folder / CONFIG))
+
+
+def load_metrics(folder: Path) -> dict[str, Any]:
+    """Read the scores; raises CheckpointError."""
+    return dict(_read_json(folder / METRICS))
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the best weights; raises CheckpointError."""
+    _expect(folder / WEIGHTS)
+    try:
+        return safetensors.torch.load_file(folder / WEIGHTS)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: damaged: {error}") from None
+
+
+def load_training(folder: Path) -> dict[str, Any]:
+    """Read the state from which training goes on; raises CheckpointError."""
+    _expect(folder / TRAINING)
+    try:
+        return dict(torch.load(folder / TRAINING, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise CheckpointError(f"{folder / TRAINING}: damaged: {error}") from None
+
+
+def load_model(folder: Path) -> EncoderDecoder:
+    """Rebuild the model with its best weights, in evaluation mode, on the CPU; raises CheckpointError."""
+    model, weights = build_model(load_config(folder).model), load_weights(folder)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
+    return model.eval()
+
+
+def _expect(file: Path) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; not a complete checkpoint")
+
+
+def _read_json(file: Path) -> Any:
+    _expect(file)
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: damaged: {error}") from None

@@ -1,0 +1,53 @@
+"""What the command lines share."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from saltray.config import UserError
+
+
+def run_program(main: Callable[..., Any]) -> None:
+    """Run a command line; what the user can mend is told in one message, without a traceback."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def bundled_space(name: str) -> Path:
+    """Return the path of a search space that comes with saltray, from a checkout or an installed wheel."""
+    package = Path(__file__).parent
+    for folder in (package.parent / "search_spaces", package / "search_spaces"):
+        if (folder / f"{name}.py").is_file():
+            return folder / f"{name}.py"
+    raise UserError(f"search_spaces/{name}.py: not found beside saltray; name a space with --space")
+
+
+def located(data: str) -> str:
+    """Return a URI as it is, and a path as an absolute one."""
+    return data if "://" in data else str(Path(data).expanduser().resolve())
+
+
+def parse_duration(text: str | None) -> float | None:
+    """Read a duration such as 90s, 30m or 1h30m, in seconds.
+
+    Raises:
+        UserError: it is none, or not positive.
+    """
+    if text is None:
+        return None
+    import pandas as pd
+
+    try:
+        seconds = float(pd.Timedelta(text).total_seconds())
+    except ValueError:
+        seconds = 0.0
+    if text.isdigit() or not seconds > 0:
+        raise UserError(f"--time-budget {text}: not a duration such as 90s, 30m or 1h30m")
+    return seconds

@@ -1,0 +1,440 @@
+"""The contest's folder -> Ray Datasets of decoded, checked uint8 tiles; the split; the epoch's stream.
+
+The folder has Kaggle's layout, unpacked or as downloaded: `train.csv`, `depths.csv`,
+`sample_submission.csv`, and `train/images`, `train/masks`, `test/images` or `train.zip`, `test.zip`. It may
+lie on any file system that pyarrow reads (a local path, `s3://`, `gs://` ...).
+
+What is wrong with a single tile is collected, never raised on the way, so that one run names every bad tile.
+"""
+
+import io
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow.fs
+import ray.data
+import torch
+from PIL import Image
+
+from saltray import rle
+from saltray.augment import Batch, augment
+from saltray.config import TILE, AugmentConfig, UserError
+
+TILES_PER_BLOCK = 512
+"""10 MiB of image and mask: large enough to outweigh a task's overhead, small enough to stream."""
+
+SHUFFLE_BUFFER = 2000
+"""Tiles in the local shuffle buffer, on top of the shuffled order of the blocks."""
+
+_PNG_LIMIT = 2**20  # bytes; a 101x101 PNG of 16-bit RGB has at most 62 kB
+_SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
+
+Problems = dict[str, str]
+"""What is wrong, by tile id."""
+
+
+class DataError(UserError):
+    """The data cannot be used as it is; the message names every file or value and what to do."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The contest's folder on some file system."""
+
+    filesystem: pyarrow.fs.FileSystem
+    root: str
+
+    def path(self, *parts: str) -> str:
+        """Return the path of something in the folder."""
+        return "/".join([self.root.rstrip("/"), *parts])
+
+    def exists(self, *parts: str) -> bool:
+        """Tell whether a file or folder is there."""
+        return bool(self.filesystem.get_file_info(self.path(*parts)).type != pyarrow.fs.FileType.NotFound)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where the tiles of one part lie, and what the CSVs say of them.
+
+    `rows` has the columns row (int64, position in the CSV), id, z (float), image (path or zip member), and
+    for training tiles mask (likewise), rle and coverage (share of salt, in [0, 1]).
+    """
+
+    folder: Folder
+    archive: str | None
+    rows: pd.DataFrame
+    problems: Problems = field(default_factory=dict)
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> "Table":
+        """Return the table of the chosen rows; the problems stay with the whole."""
+        return replace(self, rows=self.rows[chosen], problems={})
+
+
+def open_folder(uri: str) -> Folder:
+    """Open the contest's folder.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if "://" in uri:
+        try:
+            filesystem, root = pyarrow.fs.FileSystem.from_uri(uri)
+        except (ValueError, OSError) as error:
+            raise DataError(f"{uri}: {error}") from None
+    else:
+        filesystem, root = pyarrow.fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    if filesystem.get_file_info(root).type != pyarrow.fs.FileType.Directory:
+        raise DataError(f"{uri}: no such folder; --data names the folder that holds train.csv")
+    return Folder(filesystem, root)
+
+
+def read_train(folder: Folder) -> Table:
+    """Read the labelled tiles' table: ids, depths, run-length codes, coverage and where the files lie.
+
+    Raises:
+        DataError: a file, folder or column is missing, or an id is unsafe or stands twice.
+    """
+    rows = _read_csv(folder, "train.csv", ["id", "rle_mask"]).rename(columns={"rle_mask": "rle"})
+    archive, files = _list_files(folder, "train", ["images", "masks"])
+    problems = _match(rows, files["images"], "train.csv", "train/images")
+    for tile in files["images"].keys() - files["masks"].keys() - problems.keys():
+        problems[tile] = "in train/images, but without a mask in train/masks"
+    areas = np.zeros(len(rows))
+    for i, (tile, code) in enumerate(zip(rows["id"], rows["rle"], strict=True)):
+        try:
+            areas[i] = rle.area(code)
+        except ValueError as error:
+            problems.setdefault(tile, f"train.csv: {error}")
+    rows = rows.assign(
+        coverage=areas / TILE**2, image=rows["id"].map(files["images"]), mask=rows["id"].map(files["masks"])
+    )
+    rows = _add_depths(folder, rows, problems)
+    return Table(folder, archive, rows[~rows["id"].isin(list(problems))], problems)
+
+
+def read_test(folder: Folder) -> Table:
+    """Read the unlabelled tiles' table, in the order of `sample_submission.csv`; raises as `read_train`."""
+    rows = _read_csv(folder, "sample_submission.csv", ["id", "rle_mask"]).drop(columns="rle_mask")
+    archive, files = _list_files(folder, "test", ["images"])
+    problems = _match(rows, files["images"], "sample_submission.csv", "test/images")
+    rows = rows.assign(image=rows["id"].map(files["images"]))
+    rows = _add_depths(folder, rows, problems)
+    return Table(folder, archive, rows[~rows["id"].isin(list(problems))], problems)
+
+
+def submission_ids(folder: Folder) -> list[str]:
+    """Return the ids of `sample_submission.csv`, in its order."""
+    return [str(i) for i in _read_csv(folder, "sample_submission.csv", ["id", "rle_mask"])["id"]]
+
+
+def stratified_folds(coverage: npt.ArrayLike, folds: int, seed: int) -> npt.NDArray[np.int64]:
+    """Assign each tile a fold, with the same spread of coverage in all of them.
+
+    Fold 0 of 5 is the validation set of the 80/20 split. Empty tiles are one class; the others are cut into
+    up to ten classes of equal size by their coverage.
+
+    Args:
+        coverage: share of salt of each tile, in [0, 1].
+        folds: number of folds, at least 2.
+        seed: of the shuffle.
+
+    Returns:
+        int64 array of shape (tiles,), in [0, folds).
+
+    Raises:
+        DataError: there are fewer tiles than folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    coverage = np.asarray(coverage, np.float64)
+    if len(coverage) < folds:
+        raise DataError(f"{len(coverage)} labelled tiles: too few for {folds} folds")
+    salt = coverage > 0
+    classes = np.zeros(len(coverage), np.int64)
+    # At least `folds` tiles a class, or a fold could not have one of each.
+    bins = min(10, int(salt.sum()) // folds)
+    if bins:
+        ranks = np.argsort(np.argsort(coverage[salt], kind="stable"), kind="stable")
+        classes[salt] = 1 + ranks * bins // int(salt.sum())
+    if (~salt).sum() < folds or not bins:
+        classes = np.maximum(classes, 1)
+    result = np.empty(len(coverage), np.int64)
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    for fold, (_, members) in enumerate(splitter.split(coverage, classes)):
+        result[members] = fold
+    return result
+
+
+def decode(table: Table) -> tuple[ray.data.Dataset, Problems]:
+    """Decode a table's tiles into a materialized dataset, shared by whoever reads it.
+
+    Columns: row int64, id, image uint8 (101, 101), z float32; for training tiles also mask uint8 (101, 101)
+    in {0, 1} and coverage float32. Tiles that cannot be read are left out and named in the problems.
+    """
+    rows = table.rows
+    parts = [rows.iloc[i : i + TILES_PER_BLOCK] for i in range(0, max(len(rows), 1), TILES_PER_BLOCK)]
+    decoded = (
+        ray.data.from_pandas(parts)
+        .map_batches(
+            partial(_decode_batch, filesystem=table.folder.filesystem, archive=table.archive),
+            batch_size=None,
+        )
+        .materialize()
+    )
+    problems: Problems = {}
+    for batch in decoded.select_columns(["id", "error"]).iter_batches(batch_size=None):
+        problems |= {str(i): str(e) for i, e in zip(batch["id"], batch["error"], strict=True) if e}
+    if problems:
+        good = ~rows["id"].isin(list(problems)).to_numpy()
+        decoded, _ = decode(table.where(good))
+    return decoded, problems
+
+
+def refuse(problems: Problems, where: str) -> None:
+    """Raise a DataError that lists every problem, if there is one."""
+    if problems:
+        lines = "\n".join(f"  {tile}: {problem}" for tile, problem in sorted(problems.items()))
+        raise DataError(
+            f"{where}: {len(problems)} bad tile{'s' * (len(problems) > 1)}:\n{lines}\n"
+            "Mend these files, or pass --skip-bad to leave the tiles out."
+        )
+
+
+def epoch_stream(
+    tiles: ray.data.Dataset,
+    config: AugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    cpus_per_task: float,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Stream one epoch of training tiles: newly shuffled and augmented, the same for the same seed.
+
+    Yields batches of torch tensors, `image` and `mask` uint8 (batch, 101, 101); the last may be smaller.
+    """
+    order = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    stream = tiles.randomize_block_order(seed=order).map_batches(
+        partial(_augment_tiles, config=config, seed=seed, epoch=epoch),
+        batch_size=None,
+        zero_copy_batch=True,
+        num_cpus=cpus_per_task,
+    )
+    batches = stream.iter_torch_batches(
+        batch_size=batch_size,
+        collate_fn=_collate,
+        local_shuffle_buffer_size=SHUFFLE_BUFFER,
+        local_shuffle_seed=order,
+        prefetch_batches=2,
+    )
+    return iter(batches)
+
+
+def plain_stream(tiles: ray.data.Dataset, *, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Stream tiles as they are, each once, in their order: for validation."""
+    batches = tiles.iter_torch_batches(batch_size=batch_size, collate_fn=_collate, prefetch_batches=2)
+    return iter(batches)
+
+
+# Columns are chosen in these two functions: `Dataset.select_columns` would be a task of its own, and ask for
+# a whole CPU that the trials do not leave.
+
+
+def _augment_tiles(batch: Batch, config: AugmentConfig, seed: int, epoch: int) -> Batch:
+    """Augment, and keep only what training needs."""
+    changed = augment({name: batch[name] for name in ("row", "image", "mask")}, config, seed, epoch)
+    return {"image": changed["image"], "mask": changed["mask"]}
+
+
+def _collate(batch: Batch) -> dict[str, torch.Tensor]:
+    """Make tensors of image and mask; a copy, because blocks of the object store are read-only."""
+    return {name: torch.from_numpy(batch[name].copy()) for name in ("image", "mask")}
+
+
+def _read_csv(folder: Folder, name: str, columns: list[str]) -> pd.DataFrame:
+    """Read a CSV as text, with the row's position as column `row`."""
+    if not folder.exists(name):
+        raise DataError(f"{folder.path(name)}: no such file")
+    with folder.filesystem.open_input_stream(folder.path(name)) as file:
+        try:
+            table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise DataError(f"{folder.path(name)}: not a CSV file: {error}") from None
+    for column in columns:
+        if column not in table.columns:
+            raise DataError(f"{folder.path(name)}: no column '{column}'; it has {', '.join(table.columns)}")
+    unsafe = [i for i in table["id"] if not _SAFE_ID.fullmatch(i)]
+    if unsafe:
+        raise DataError(
+            f"{folder.path(name)}: id {unsafe[0]!r}: only letters, digits, '_' and '-' may stand in one"
+        )
+    twice = table["id"][table["id"].duplicated()].tolist()
+    if twice:
+        raise DataError(f"{folder.path(name)}: these ids stand twice: {', '.join(twice)}")
+    return table[columns].assign(row=np.arange(len(table)))
+
+
+def _list_files(
+    folder: Folder, part: Literal["train", "test"], kinds: list[str]
+) -> tuple[str | None, dict[str, dict[str, str]]]:
+    """List the PNGs of a part: (the zip they are in or None, kind -> id -> path or zip member)."""
+    if folder.exists(part):
+        files = {}
+        for kind in kinds:
+            if not folder.exists(part, kind):
+                raise DataError(f"{folder.path(part, kind)}: no such folder")
+            selector = pyarrow.fs.FileSelector(folder.path(part, kind))
+            infos = folder.filesystem.get_file_info(selector)
+            files[kind] = {
+                PurePosixPath(i.path).stem: i.path for i in infos if i.path.lower().endswith(".png")
+            }
+        return None, files
+    archive = folder.path(f"{part}.zip")
+    if not folder.exists(f"{part}.zip"):
+        raise DataError(f"{folder.path(part)}: no such folder, nor {archive}")
+    with _open_zip(folder.filesystem, archive) as opened:
+        names = opened.namelist()
+    return archive, _sort_members(archive, names, kinds)
+
+
+def _sort_members(archive: str, names: list[str], kinds: list[str]) -> dict[str, dict[str, str]]:
+    """Sort a zip's members by the folder that they are in."""
+    files: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise DataError(f"{archive}: member {name!r} leads out of the archive; do not trust this file")
+        hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+        if path.suffix.lower() == ".png" and not hidden and path.parent.name in files:
+            files[path.parent.name][path.stem] = name
+    for kind in kinds:
+        if not files[kind]:
+            raise DataError(f"{archive}: no folder '{kind}' with PNG files in it")
+    return files
+
+
+@contextmanager
+def _open_zip(filesystem: pyarrow.fs.FileSystem, archive: str) -> Iterator[zipfile.ZipFile]:
+    with filesystem.open_input_file(archive) as file:
+        try:
+            opened = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{archive}: not a readable zip file: {error}") from None
+        with opened:
+            yield opened
+
+
+def _match(rows: pd.DataFrame, images: dict[str, str], csv: str, where: str) -> Problems:
+    """Name the ids that the CSV and the images do not share."""
+    ids = set(rows["id"])
+    without_image = dict.fromkeys(ids - images.keys(), f"in {csv}, but without an image in {where}")
+    return without_image | dict.fromkeys(images.keys() - ids, f"in {where}, but without a row in {csv}")
+
+
+def _add_depths(folder: Folder, rows: pd.DataFrame, problems: Problems) -> pd.DataFrame:
+    """Add the depth z of each tile."""
+    depths = _read_csv(folder, "depths.csv", ["id", "z"]).set_index("id")["z"]
+    for tile in set(rows["id"]) - set(depths.index):
+        problems.setdefault(tile, "without a row in depths.csv")
+    z = pd.to_numeric(rows["id"].map(depths), errors="coerce").astype(np.float32)
+    for tile in set(rows["id"][z.isna()]) & set(depths.index):
+        problems.setdefault(tile, f"depths.csv: depth {depths[tile]!r} is not a number")
+    return rows.assign(z=z)
+
+
+@contextmanager
+def _reader(filesystem: pyarrow.fs.FileSystem, archive: str | None) -> Iterator[Callable[[str], bytes]]:
+    """Give a function that reads a file, or a member of the archive, up to just past the size limit."""
+    if archive is None:
+
+        def read(path: str) -> bytes:
+            with filesystem.open_input_stream(path) as file:
+                return bytes(file.read(_PNG_LIMIT + 1))
+
+        yield read
+    else:
+        with _open_zip(filesystem, archive) as opened:
+
+            def read_member(name: str) -> bytes:
+                with opened.open(name) as member:
+                    return member.read(_PNG_LIMIT + 1)
+
+            yield read_member
+
+
+def _decode_batch(batch: Batch, filesystem: pyarrow.fs.FileSystem, archive: str | None) -> Batch:
+    """Decode a block's tiles; a tile that fails has its reason in column `error`, and zeros."""
+    tiles = len(batch["id"])
+    images = np.zeros((tiles, TILE, TILE), np.uint8)
+    masks = np.zeros((tiles, TILE, TILE), np.uint8)
+    errors = [""] * tiles
+    with _reader(filesystem, archive) as read:
+        for i in range(tiles):
+            path = str(batch["image"][i])
+            try:
+                images[i] = decode_image(read(path))
+                if "mask" in batch:
+                    path = str(batch["mask"][i])
+                    masks[i] = decode_mask(read(path))
+                    if not np.array_equal(masks[i], rle.decode(str(batch["rle"][i]))):
+                        raise ValueError("the mask disagrees with its run-length code in train.csv")
+            except (ValueError, OSError, zipfile.BadZipFile) as error:
+                errors[i] = f"{path}: {error}"
+    result: Batch = {
+        "row": batch["row"].astype(np.int64),
+        "id": batch["id"],
+        "image": images,
+        "z": batch["z"].astype(np.float32),
+        "error": np.array(errors, dtype=object),
+    }
+    if "mask" in batch:
+        result |= {"mask": masks, "coverage": batch["coverage"].astype(np.float32)}
+    return result
+
+
+def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
+    """Decode an image PNG (the contest's are RGB with R=G=B) to uint8 (101, 101).
+
+    Raises:
+        ValueError: the data is no undamaged 101x101 PNG of 8 bits a channel.
+    """
+    image = _open_png(data)
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        raise ValueError(f"PNG of mode {image.mode}: expected 8-bit grey or RGB")
+    return np.asarray(image.convert("L"), np.uint8)
+
+
+def decode_mask(data: bytes) -> npt.NDArray[np.uint8]:
+    """Decode a mask PNG (16-bit, or 8-bit where empty) to uint8 (101, 101) in {0, 1}; raises likewise."""
+    salt = np.asarray(_open_png(data)) > 0
+    return np.asarray(salt.any(axis=2) if salt.ndim == 3 else salt, np.uint8)
+
+
+def _open_png(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("an empty file (0 bytes)")
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33:
+        raise ValueError("not a PNG image" if len(data) >= 33 else "a truncated file")
+    # The header is read by hand: a huge image is refused before any library makes room for it.
+    width, height = struct.unpack(">II", data[16:24])
+    if (width, height) != (TILE, TILE):
+        raise ValueError(f"{width}x{height} pixels: expected {TILE}x{TILE}")
+    if len(data) > _PNG_LIMIT:
+        raise ValueError(f"more than {_PNG_LIMIT} bytes for {TILE}x{TILE} pixels")
+    try:
+        image = Image.open(io.BytesIO(data), formats=["PNG"])
+        image.load()
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise ValueError(f"a damaged PNG: {error}") from None
+    return image

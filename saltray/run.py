@@ -1,0 +1,211 @@
+"""A run's folder, and the Ray that a run uses.
+
+runs/NAME/
+  run.json          settings, command, versions, hardware
+  space.py          the search space as it was
+  study.db          the Optuna study
+  trials/           each trial's log, results and newest checkpoint, by session
+  logs/             what Ray and Optuna had to say
+  best/             the best model: weights, configuration, threshold, metrics
+  submission.csv
+"""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ray.exceptions import RaySystemError
+from ray.train import Checkpoint
+
+from saltray import checkpoint
+from saltray.config import UserError
+
+FORMAT = 1
+"""Of `run.json`; a newer one is refused."""
+
+
+class RunError(UserError):
+    """The run's folder, or the cluster, cannot be used as asked."""
+
+
+class Settings(BaseModel):
+    """What decides a run's results; a resumed run takes all of it from `run.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str
+    space: str
+    trials: int
+    epochs: int
+    seed: int
+    time_budget: float | None = None
+    workers_per_trial: int = 1
+    cpus_per_trial: float | None = None
+    gpus_per_trial: float = 0
+    skip_bad: bool = False
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise a RunError where a new run's folder already holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(
+            f"{folder}: already there. To go on with that run: --resume {folder}; "
+            "to start a new one: another --out"
+        )
+
+
+def create(folder: Path, settings: Settings, space: Path) -> None:
+    """Make a new run's folder."""
+    (folder / "logs").mkdir(parents=True)
+    (folder / "space.py").write_text(space.read_text())
+    write_settings(folder, settings)
+
+
+def write_settings(folder: Path, settings: Settings) -> None:
+    """Write `run.json`, adding this session to those before it."""
+    file = folder / "run.json"
+    sessions = json.loads(file.read_text())["sessions"] if file.exists() else []
+    content = {
+        "format": FORMAT,
+        "settings": settings.model_dump(),
+        "sessions": [*sessions, environment()],
+    }
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(file)
+
+
+def read_settings(folder: Path) -> Settings:
+    """Read `run.json`.
+
+    Raises:
+        RunError: the folder holds no run, or one of a newer version.
+    """
+    file = folder / "run.json"
+    if not file.is_file():
+        raise RunError(f"{folder}: no run.json in it; not the folder of a run")
+    try:
+        content = json.loads(file.read_text())
+        if content["format"] > FORMAT:
+            raise RunError(f"{file}: written by a newer saltray (format {content['format']}); update saltray")
+        return Settings.model_validate(content["settings"])
+    except (KeyError, TypeError, json.JSONDecodeError, ValidationError) as error:
+        raise RunError(f"{file}: damaged: {error}") from None
+
+
+def environment() -> dict[str, Any]:
+    """Describe this session: time, command, versions, machine, commit."""
+    packages = ("saltray", "ray", "torch", "optuna", "numpy", "pandas", "pyarrow", "pillow", "scikit-learn")
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    program = f"python -m {__spec__.name.rpartition('.')[0]}.{Path(sys.argv[0]).stem}"
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([program, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of saltray's own checkout, with a mark where it was changed."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def connect(address: str | None) -> str:
+    """Join a running cluster, or start Ray on this machine; Ray Data is set to keep order and quiet.
+
+    Returns:
+        The URL of Ray's dashboard, or an empty string.
+
+    Raises:
+        RunError: there is no cluster at the address.
+    """
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # Trials on this machine import the saltray that this process imported.
+    source = str(Path(__file__).parents[1])
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))}
+    try:
+        context = ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=None if address else True,
+            runtime_env=None if address else {"env_vars": env},
+        )
+    except (ConnectionError, RaySystemError, ValueError) as error:
+        raise RunError(f"--address {address}: no Ray cluster there: {error}") from None
+    data = ray.data.DataContext.get_current()
+    data.enable_progress_bars = False
+    # The order of the blocks, and so the shuffle, must not depend on which task ends first.
+    data.execution_options.preserve_order = True
+    return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+
+def nodes() -> list[dict[str, float]]:
+    """Return the resources of each live machine."""
+    return [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def quiet(log: Path | None) -> Iterator[None]:
+    """Send what Ray, Optuna and Python's warnings say to a file (or nowhere), instead of the terminal."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context((log or Path(os.devnull)).open("a", buffering=1))
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        for name in ("ray", "ray.data", "ray.tune", "ray.train", "optuna"):
+            logger = logging.getLogger(name)
+            before = logger.handlers
+            # Ray Data's own file handler stays; what prints goes.
+            logger.handlers = [h for h in before if not isinstance(h, logging.StreamHandler)] + [handler]
+            stack.callback(setattr, logger, "handlers", before)
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(contextlib.redirect_stdout(file))
+        stack.enter_context(contextlib.redirect_stderr(file))
+        yield
+
+
+def export_best(folder: Path, checkpoint_path: str, facts: dict[str, Any]) -> Path:
+    """Copy the best checkpoint to `best/`, without its training state, and add facts to its metrics.
+
+    Returns:
+        The folder; a `best/` of an earlier session is replaced, and never half-written.
+    """
+    best, fresh = folder / "best", folder / "best.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    with Checkpoint(checkpoint_path).as_directory() as name:
+        source = Path(name)
+        known = checkpoint.load_metrics(source)
+        checkpoint.save(fresh, checkpoint.load_weights(source), checkpoint.load_config(source), known | facts)
+    shutil.rmtree(best, ignore_errors=True)
+    return fresh.rename(best)
+
+
+def add_metrics(best: Path, facts: dict[str, Any]) -> None:
+    """Add facts to a checkpoint's metrics."""
+    known = checkpoint.load_metrics(best)
+    (best / checkpoint.METRICS).write_text(json.dumps(known | facts, indent=2) + "\n")

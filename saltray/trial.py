@@ -1,0 +1,146 @@
+"""One Tune trial: puts the training loop on Ray Train, and the tiles into it by Ray Data.
+
+One worker runs in Ray Train's local mode, inside Tune's own actor, which is reused from trial to trial: a
+trial then costs about a second beside its training. Several workers run under `TorchTrainer` with DDP.
+"""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import train, tune
+from ray.train.torch import TorchTrainer, get_device
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from saltray import dataset, training
+from saltray.config import TrialConfig
+
+EVALUATION_BATCH = 64
+
+DATA_SHARE = 0.1
+"""Part of each worker's CPUs that is left to Ray Data's tasks; trials that take every CPU starve them."""
+
+WORKER_FAILURES = 3
+"""How often the workers of a trial are started again from its last epoch."""
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """What one worker of a trial may use, Ray Data's share of the CPUs included."""
+
+    workers: int
+    cpus: float
+    gpus: float
+
+    def training(self) -> dict[str, float]:
+        """Return the resources of the training process itself."""
+        resources = {"CPU": self.cpus * (1 - DATA_SHARE)}
+        return resources | {"GPU": self.gpus} if self.gpus else resources
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The decoded tiles, held once in the object store: a training and a validation share per worker.
+
+    The training shares are of one length, so that every worker takes as many steps; the validation shares
+    hold each tile exactly once.
+    """
+
+    training: list[ray.data.Dataset]
+    validation: list[ray.data.Dataset]
+
+    @classmethod
+    def share(cls, training: ray.data.Dataset, validation: ray.data.Dataset, workers: int) -> "Tiles":
+        """Share materialized datasets among the workers of a trial."""
+        if workers == 1:
+            return cls([training], [validation])
+        return cls(list(training.split(workers, equal=True)), list(validation.split(workers)))
+
+
+def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources, storage: str) -> None:
+    """Run one trial to its end; Tune's function trainable.
+
+    Args:
+        spec: `config` (nested dict of a TrialConfig), `number`, and `resume` (a checkpoint's path or None).
+        tiles: shared by all trials.
+        resources: of each worker.
+        storage: folder or URI below which the checkpoints of several workers go.
+    """
+
+    def worker() -> None:
+        _train_worker(spec, tiles, resources)
+
+    if resources.workers == 1:
+        TorchTrainer(worker, scaling_config=train.ScalingConfig(num_workers=0)).fit()
+        return
+    # The cleaner of a stopped trainer's placement group finds its cluster by this variable.
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    TorchTrainer(
+        worker,
+        scaling_config=train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker=resources.training(),
+        ),
+        run_config=train.RunConfig(
+            # The same name after a restart: Ray Train then goes on from its last checkpoint.
+            name=f"{spec['number']:04d}-workers",
+            storage_path=storage,
+            callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call, list-item]
+            failure_config=train.FailureConfig(max_failures=WORKER_FAILURES),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+        ),
+    ).fit()
+
+
+def _device(alone: bool) -> torch.device:
+    """Return this worker's device; Tune's actor sees no GPU but its own."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if alone else get_device()
+
+
+def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources) -> None:
+    """Train on this worker's share of the tiles."""
+    config = TrialConfig.from_dict(spec["config"])
+    alone = resources.workers == 1
+    # Inside Tune's actor, Ray Train's context is not to be asked.
+    rank = 0 if alone else train.get_context().get_world_rank()
+    torch.set_num_threads(max(1, round(resources.cpus)))
+
+    def training_batches(epoch: int) -> training.Batches:
+        return dataset.epoch_stream(
+            tiles.training[rank],
+            config.augment,
+            seed=config.seed,
+            epoch=epoch,
+            batch_size=config.batch_size // resources.workers,
+            cpus_per_task=resources.cpus * DATA_SHARE,
+        )
+
+    def validation_batches() -> training.Batches:
+        return dataset.plain_stream(tiles.validation[rank], batch_size=EVALUATION_BATCH)
+
+    def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        checkpoint = train.Checkpoint.from_directory(folder) if folder else None
+        (tune if alone else train).report(metrics, checkpoint=checkpoint)
+
+    last = tune.get_checkpoint() if alone else train.get_checkpoint()
+    if last is None and spec["resume"]:
+        last = train.Checkpoint(spec["resume"])
+    with last.as_directory() if last else nullcontext() as folder:
+        try:
+            training.fit(
+                config,
+                training_batches,
+                validation_batches,
+                report,
+                device=_device(alone),
+                resume=Path(folder) if folder else None,
+            )
+        except training.Diverged as error:
+            # A result, not a crash: to start it again would end the same way.
+            failed = {"epoch": error.epoch, "map": 0.0, "best_map": 0.0, "finished": True}
+            report(failed | {"diverged": str(error)}, None)

@@ -1,0 +1,267 @@
+"""`python -m saltray.tune`: search, then predict with the best model that was found."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from saltray.cli import bundled_space, located, parse_duration, run_program
+from saltray.config import UserError
+
+# Heavy imports wait until they are needed, so that --help answers at once.
+if TYPE_CHECKING:
+    import optuna
+    import ray.data
+    from rich.console import Console
+
+    from saltray import run, search
+
+DEMO = {"trials": 8, "epochs": 9}
+DEFAULTS = {"trials": 20, "epochs": 50}
+FOLDS = 5  # fold 0 validates: an 80/20 split
+
+
+def main(
+    data: Annotated[
+        str | None, typer.Option(help="The contest's folder, a path or URI. Without it: synthetic tiles.")
+    ] = None,
+    space: Annotated[Path | None, typer.Option(help="Python file of the search space; it is run.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Trials to bring to an end. [20]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of a full trial. [50]")] = None,
+    time_budget: Annotated[str | None, typer.Option(help="When to stop searching: 90s, 30m, 1h30m.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The new run's folder. [runs/SPACE-TIME]")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run; --trials and --time-budget may change.")
+    ] = None,
+    workers_per_trial: Annotated[int, typer.Option(help="Data-parallel workers of a trial.")] = 1,
+    gpus_per_trial: Annotated[float, typer.Option(help="GPUs of each worker: 0, 0.25, 0.5, 1 ...")] = 0,
+    cpus_per_trial: Annotated[float | None, typer.Option(help="CPUs of each worker. [computed]")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster to join: auto, or its address.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split, the sampler and every trial.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad tiles out.")] = False,
+) -> None:
+    """Search for the best salt-segmentation model, and write the submission with it.
+
+    Without any argument: a demonstration on synthetic tiles, in less than five minutes on two CPU cores.
+    """
+    from saltray import run
+
+    budget = parse_duration(time_budget)
+    if resume is not None:
+        if data or space or out or epochs:
+            raise UserError("--resume takes the data, space, epochs and seed from the run: leave them out")
+        settings = run.read_settings(resume)
+        changes = {"trials": settings.trials if trials is None else trials, "time_budget": budget}
+        run_session(resume.resolve(), settings.model_copy(update=changes), address, resumed=True)
+        return
+    standard = DEFAULTS if data else DEMO
+    space = space or bundled_space("unet" if data else "demo")
+    folder = (out or Path("runs") / f"{space.stem}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
+    settings = run.Settings(
+        data=located(data) if data else str(folder / "demo" / "data"),
+        space=str(space.resolve()),
+        trials=standard["trials"] if trials is None else trials,
+        epochs=standard["epochs"] if epochs is None else epochs,
+        seed=seed,
+        time_budget=budget,
+        workers_per_trial=workers_per_trial,
+        cpus_per_trial=cpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
+        skip_bad=skip_bad,
+    )
+    run_session(folder, settings, address, resumed=False)
+
+
+class Data(NamedTuple):
+    """The decoded tiles, and the submission's ids in their order."""
+
+    training: ray.data.Dataset
+    validation: ray.data.Dataset
+    test: ray.data.Dataset
+    ids: list[str]
+
+
+def run_session(folder: Path, settings: run.Settings, address: str | None, *, resumed: bool) -> None:
+    """Check everything, search, predict, tell. Nothing is written before all is checked."""
+    import ray
+    from rich.console import Console
+
+    from saltray import run, search
+
+    console = Console(file=sys.stdout, highlight=False)
+    if settings.trials < 1 or settings.epochs < 1:
+        raise UserError(f"--trials {settings.trials} --epochs {settings.epochs}: at least 1 of each")
+    space = search.load_space(folder / "space.py" if resumed else Path(settings.space))
+    with run.quiet(None):
+        search.check_space(
+            space, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial
+        )
+    if not resumed:
+        run.refuse_taken(folder)
+        if settings.data == str(folder / "demo" / "data"):
+            _make_demo(folder / "demo", settings.seed, console)
+    with run.quiet(None):
+        dashboard = run.connect(address)
+    try:
+        chosen = search.plan(
+            run.nodes(),
+            trials=settings.trials,
+            workers=settings.workers_per_trial,
+            cpus=settings.cpus_per_trial,
+            gpus=settings.gpus_per_trial,
+        )
+        with run.quiet(None):
+            data, left_out = _read(settings)
+        if not resumed:
+            run.create(folder, settings, Path(settings.space))
+        run.write_settings(folder, settings)
+        _tell_start(console, data, left_out, settings, chosen, dashboard)
+        study = _search(folder, settings, space, chosen, data, console)
+        with console.status("predicting"), run.quiet(folder / "logs" / "predict.log"):
+            best = search.best_trial(study)
+            facts = _predict(folder, best, data)
+        _tell_end(console, folder, settings, study, best, facts)
+    finally:
+        ray.shutdown()
+
+
+def _make_demo(folder: Path, seed: int, console: Console) -> None:
+    from saltray import demo
+
+    console.print("No --data: making synthetic seismic tiles.")
+    demo.write(folder, train=480, test=240, seed=seed)
+
+
+def _read(settings: run.Settings) -> tuple[Data, dict[str, str]]:
+    """Read, decode and check all tiles; return them and what was left out."""
+    from saltray import dataset
+
+    folder = dataset.open_folder(settings.data)
+    train, test = dataset.read_train(folder), dataset.read_test(folder)
+    fold = dataset.stratified_folds(train.rows["coverage"], FOLDS, settings.seed)
+    parts, problems = [], train.problems | test.problems
+    for table in (train.where(fold != 0), train.where(fold == 0), test):
+        tiles, bad = dataset.decode(table)
+        parts.append(tiles)
+        problems |= bad
+    if not settings.skip_bad:
+        dataset.refuse(problems, settings.data)
+    return Data(parts[0], parts[1], parts[2], dataset.submission_ids(folder)), problems
+
+
+def _search(
+    folder: Path,
+    settings: run.Settings,
+    space: search.Space,
+    chosen: search.Plan,
+    data: Data,
+    console: Console,
+) -> optuna.Study:
+    from saltray import run, search
+    from saltray.trial import Tiles
+    from saltray.view import LiveView
+
+    view = LiveView(
+        console, folder, trials=settings.trials, epochs=settings.epochs, time_budget=settings.time_budget
+    )
+    with view, run.quiet(folder / "logs" / "search.log"):
+        return search.run_search(
+            space,
+            Tiles.share(data.training, data.validation, chosen.resources.workers),
+            chosen,
+            folder,
+            trials=settings.trials,
+            epochs=settings.epochs,
+            seed=settings.seed,
+            time_budget=settings.time_budget,
+            callbacks=[view],
+        )
+
+
+def _predict(folder: Path, best: optuna.trial.FrozenTrial, data: Data) -> dict[str, Any]:
+    """Choose the threshold, write the best model and the submission; return what is known of it."""
+    from saltray import inference, run, submission
+
+    model = run.export_best(folder, best.user_attrs["checkpoint"], {"trial": best.number})
+    threshold, scores = inference.calibrate(model, data.validation)
+    facts = {"threshold": threshold, "validation_map": scores[f"{threshold:.2f}"], "scores": scores}
+    run.add_metrics(model, facts)
+    codes = inference.segment(model, data.test, threshold)
+    submission.write(folder / "submission.csv", data.ids, codes)
+    return facts
+
+
+def _tell_start(
+    console: Console,
+    data: Data,
+    left_out: dict[str, str],
+    settings: run.Settings,
+    chosen: search.Plan,
+    dashboard: str,
+) -> None:
+    if left_out:
+        console.print(f"[yellow]{len(left_out)} bad tiles left out[/], such as {min(left_out)}")
+    resources = chosen.resources
+    gpus = f" and {resources.gpus:g} GPUs" if resources.gpus else ""
+    console.print(
+        f"[bold]{data.training.count()}[/] training, [bold]{data.validation.count()}[/] validation, "
+        f"[bold]{data.test.count()}[/] test tiles.  [bold]{settings.trials}[/] trials of up to "
+        f"[bold]{settings.epochs}[/] epochs, [bold]{chosen.concurrency}[/] side by side, "
+        f"{resources.workers} x {resources.cpus:g} CPUs{gpus} each."
+    )
+    if dashboard:
+        console.print(f"Ray's dashboard: {dashboard}")
+
+
+def _tell_end(
+    console: Console,
+    folder: Path,
+    settings: run.Settings,
+    study: optuna.Study,
+    best: optuna.trial.FrozenTrial,
+    facts: dict[str, Any],
+) -> None:
+    from rich.table import Table
+
+    from saltray import search, submission
+    from saltray.view import text
+
+    counts = search.count(study)
+    waiting = f", {counts.waiting} cut off" if counts.waiting else ""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("best", f"[bold green]trial {best.number}[/]  {text(best.params)}")
+    table.add_row(
+        "validation mAP",
+        f"[bold]{search.score(best):.4f}[/] at probability 0.50, "
+        f"[bold]{facts['validation_map']:.4f}[/] at {facts['threshold']:.2f}, chosen on these tiles",
+    )
+    table.add_row(
+        "trials",
+        f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed{waiting}",
+    )
+    truth = folder / "demo" / "truth.csv"
+    if truth.is_file():
+        hidden = submission.score(folder / "submission.csv", truth)
+        table.add_row(
+            "hidden test mAP",
+            f"[bold]{hidden:.4f}[/]; an all-empty submission {submission.empty_score(truth):.4f}",
+        )
+    table.add_row("submission", str(folder / "submission.csv"))
+    table.add_row("model", str(folder / "best"))
+    table.add_row("logs", str(folder / "logs"))
+    if counts.waiting:
+        table.add_row("go on", f"python -m saltray.tune --resume {folder}")
+    repeat = f"python -m saltray.tune --data {settings.data} --space {folder / 'space.py'}"
+    repeat += f" --trials {settings.trials} --epochs {settings.epochs} --seed {settings.seed}"
+    table.add_row("repeat", repeat)
+    console.print(table, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_program(main)
