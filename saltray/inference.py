@@ -1,7 +1,7 @@
 """Batch inference on Ray Data: calibrate a threshold on validation tiles, segment the test tiles."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +21,18 @@ BATCH = 128
 class Predictor:
     """One actor's model: maps a batch of tiles to logits; the subclasses say what becomes of them."""
 
-    def __init__(self, config: dict[str, Any], weights: dict[str, torch.Tensor], threads: int) -> None:
-        """Build the model on this actor's GPU, or on the CPU."""
+    def __init__(self, config: dict[str, Any], weights: list[ray.ObjectRef[Any]], threads: int) -> None:
+        """Build the model on this actor's GPU, or on the CPU.
+
+        The weights come as a reference in a list: Ray warns of large arguments of actors that may restart.
+        """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(threads)
         trial = TrialConfig.from_dict(config)
         self.amp = autocast_dtype(trial.precision, self.device)
         model = build_model(trial.model)
-        model.load_state_dict(weights)
+        model.load_state_dict(ray.get(weights[0]))
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
@@ -55,7 +58,7 @@ class Segmenter(Predictor):
     """Writes each tile's mask as run-length code."""
 
     def __init__(
-        self, config: dict[str, Any], weights: dict[str, torch.Tensor], threads: int, threshold: float
+        self, config: dict[str, Any], weights: list[ray.ObjectRef[Any]], threads: int, threshold: float
     ) -> None:
         """Keep the threshold on the probability."""
         super().__init__(config, weights, threads)
@@ -73,7 +76,7 @@ def calibrate(folder: Path, tiles: ray.data.Dataset) -> tuple[float, dict[str, f
     Returns:
         The threshold on the probability, and the score at every candidate.
     """
-    counts = list(_map(Calibrator, folder, tiles, {}).iter_batches(batch_size=None))
+    counts = _map(Calibrator, folder, tiles, {})
     return metrics.choose_threshold(
         np.concatenate([c["intersection"] for c in counts]), np.concatenate([c["union"] for c in counts])
     )
@@ -82,29 +85,28 @@ def calibrate(folder: Path, tiles: ray.data.Dataset) -> tuple[float, dict[str, f
 def segment(folder: Path, tiles: ray.data.Dataset, threshold: float) -> dict[str, str]:
     """Segment tiles with a checkpoint's model: run-length codes by id."""
     codes: dict[str, str] = {}
-    for batch in _map(Segmenter, folder, tiles, {"threshold": threshold}).iter_batches(batch_size=None):
+    for batch in _map(Segmenter, folder, tiles, {"threshold": threshold}):
         codes |= dict(zip(map(str, batch["id"]), map(str, batch["rle"]), strict=True))
     return codes
 
 
 def _map(
     predictor: type[Predictor], folder: Path, tiles: ray.data.Dataset, more: dict[str, Any]
-) -> ray.data.Dataset:
-    """Map a predictor over the tiles on a pool of actors that fills the cluster."""
+) -> list[Batch]:
+    """Map a predictor over the tiles on a pool of actors that fills the cluster; return all batches."""
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = int(resources.get("GPU", 0))
     actors = gpus or max(1, int(resources.get("CPU", 1)))
     # No more actors than they have batches to do.
     actors = max(1, min(actors, tiles.count() // BATCH))
-    arguments = {
-        "config": checkpoint.load_config(folder).to_dict(),
-        "weights": checkpoint.load_weights(folder),
-    }
-    return tiles.map_batches(
+    weights = ray.put(checkpoint.load_weights(folder))
+    config = checkpoint.load_config(folder).to_dict()
+    mapped = tiles.map_batches(
         predictor,
         batch_size=BATCH,
-        fn_constructor_kwargs={**arguments, "threads": 1, **more},
+        fn_constructor_kwargs={"config": config, "weights": [weights], "threads": 1, **more},
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=None if gpus else 1,
         num_gpus=1 if gpus else None,
     )
+    return [cast(Batch, batch) for batch in mapped.iter_batches(batch_size=None)]

@@ -164,6 +164,11 @@ def connect(address: str | None) -> str:
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
+def disconnect() -> None:
+    """Leave the cluster; a Ray that was started here ends."""
+    ray.shutdown()
+
+
 def nodes() -> list[dict[str, float]]:
     """Return the resources of each live machine."""
     return [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]

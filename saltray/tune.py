@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from saltray import run, search
 
-DEMO = {"trials": 8, "epochs": 9}
+DEMO = {"trials": 6, "epochs": 8}
 DEFAULTS = {"trials": 20, "epochs": 50}
 FOLDS = 5  # fold 0 validates: an 80/20 split
 
@@ -89,7 +89,6 @@ class Data(NamedTuple):
 
 def run_session(folder: Path, settings: run.Settings, address: str | None, *, resumed: bool) -> None:
     """Check everything, search, predict, tell. Nothing is written before all is checked."""
-    import ray
     from rich.console import Console
 
     from saltray import run, search
@@ -128,14 +127,14 @@ def run_session(folder: Path, settings: run.Settings, address: str | None, *, re
             facts = _predict(folder, best, data)
         _tell_end(console, folder, settings, study, best, facts)
     finally:
-        ray.shutdown()
+        run.disconnect()
 
 
 def _make_demo(folder: Path, seed: int, console: Console) -> None:
     from saltray import demo
 
     console.print("No --data: making synthetic seismic tiles.")
-    demo.write(folder, train=480, test=240, seed=seed)
+    demo.write(folder, train=400, test=200, seed=seed)
 
 
 def _read(settings: run.Settings) -> tuple[Data, dict[str, str]]:

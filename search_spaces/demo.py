@@ -9,29 +9,22 @@ from typing import Any
 
 import optuna
 
-FIRST = {
-    "architecture": "unet",
-    "filters": 4,
-    "levels": 3,
-    "dropout": 0.1,
-    "learning_rate": 3e-3,
-    "batch_size": 16,
-}
+FIRST = {"architecture": "unet", "filters": 4, "dropout": 0.0, "learning_rate": 2e-3, "batch_size": 8}
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
     """Draw a small U-Net or ResUNet."""
     architecture = trial.suggest_categorical("architecture", ["unet", "resunet"])
-    model = {
+    model: dict[str, Any] = {
         "architecture": architecture,
-        "filters": trial.suggest_categorical("filters", [4, 6, 8]),
-        "levels": trial.suggest_int("levels", 2, 4),
-        "dropout": trial.suggest_float("dropout", 0.0, 0.4, step=0.05),
+        "filters": trial.suggest_categorical("filters", [4, 8]),
+        "levels": 3,
+        "dropout": trial.suggest_float("dropout", 0.0, 0.2, step=0.05),
     }
     if architecture == "resunet":
         model["residual_blocks"] = trial.suggest_int("residual_blocks", 1, 2)
     return {
         "model": model,
-        "optim": {"learning_rate": trial.suggest_float("learning_rate", 5e-4, 1e-2, log=True)},
-        "batch_size": trial.suggest_categorical("batch_size", [8, 16, 32]),
+        "optim": {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2, log=True)},
+        "batch_size": trial.suggest_categorical("batch_size", [8, 16]),
     }

@@ -1,0 +1,53 @@
+"""`python -m saltray.predict`: write a submission with the best model of a run."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saltray.cli import located, run_program
+from saltray.config import UserError
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="A run's folder, or its best/.")],
+    data: Annotated[str, typer.Option(help="The contest's folder, a path or URI.")],
+    out: Annotated[Path, typer.Option(help="The submission to write.")],
+    threshold: Annotated[
+        float | None, typer.Option(help="On the probability of salt. [chosen on validation]")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster to join.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Give bad tiles empty masks.")] = False,
+) -> None:
+    """Segment a folder's test tiles with the best model of a run, and write the submission."""
+    if out.exists():
+        raise UserError(f"{out}: already there; remove it or choose another --out")
+    if threshold is not None and not 0 < threshold < 1:
+        raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
+    from saltray import checkpoint, dataset, inference, run, submission
+
+    folder = model / "best" if (model / "best").is_dir() else model
+    checkpoint.load_model(folder)  # a damaged one is told now
+    cut = checkpoint.load_metrics(folder).get("threshold", 0.5) if threshold is None else threshold
+    tables = dataset.open_folder(located(data))
+    table = dataset.read_test(tables)
+    with run.quiet(None):
+        run.connect(address)
+        try:
+            tiles, bad = dataset.decode(table)
+            problems = table.problems | bad
+            if not skip_bad:
+                dataset.refuse(problems, data)
+            codes = inference.segment(folder, tiles, cut)
+        finally:
+            run.disconnect()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    submission.write(out, dataset.submission_ids(tables), codes)
+    if problems:
+        typer.echo(f"{len(problems)} bad tiles got empty masks, such as {min(problems)}", file=sys.stderr)
+    typer.echo(f"{len(codes)} tiles segmented at probability {cut:.2f}: {out}")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,22 @@
+"""`python -m saltray.score`: the contest's score of a submission."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saltray.cli import run_program
+
+
+def main(
+    submission: Annotated[Path, typer.Argument(help="CSV with the columns id and rle_mask.")],
+    truth: Annotated[Path, typer.Argument(help="The true masks, in the same form.")],
+) -> None:
+    """Print the contest's score: mean precision over the IoU thresholds 0.50 to 0.95."""
+    from saltray import submission as files
+
+    typer.echo(f"{files.score(submission, truth):.6f}")
+
+
+if __name__ == "__main__":
+    run_program(main)
