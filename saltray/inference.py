@@ -21,18 +21,15 @@ BATCH = 128
 class Predictor:
     """One actor's model: maps a batch of tiles to logits; the subclasses say what becomes of them."""
 
-    def __init__(self, config: dict[str, Any], weights: list[ray.ObjectRef[Any]], threads: int) -> None:
-        """Build the model on this actor's GPU, or on the CPU.
-
-        The weights come as a reference in a list: Ray warns of large arguments of actors that may restart.
-        """
+    def __init__(self, config: dict[str, Any], weights: dict[str, torch.Tensor], threads: int) -> None:
+        """Build the model on this actor's GPU, or on the CPU."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(threads)
         trial = TrialConfig.from_dict(config)
         self.amp = autocast_dtype(trial.precision, self.device)
         model = build_model(trial.model)
-        model.load_state_dict(ray.get(weights[0]))
+        model.load_state_dict(weights)
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
@@ -58,7 +55,7 @@ class Segmenter(Predictor):
     """Writes each tile's mask as run-length code."""
 
     def __init__(
-        self, config: dict[str, Any], weights: list[ray.ObjectRef[Any]], threads: int, threshold: float
+        self, config: dict[str, Any], weights: dict[str, torch.Tensor], threads: int, threshold: float
     ) -> None:
         """Keep the threshold on the probability."""
         super().__init__(config, weights, threads)
@@ -99,12 +96,11 @@ def _map(
     actors = gpus or max(1, int(resources.get("CPU", 1)))
     # No more actors than they have batches to do.
     actors = max(1, min(actors, tiles.count() // BATCH))
-    weights = ray.put(checkpoint.load_weights(folder))
-    config = checkpoint.load_config(folder).to_dict()
+    model = {"config": checkpoint.load_config(folder).to_dict(), "weights": checkpoint.load_weights(folder)}
     mapped = tiles.map_batches(
         predictor,
         batch_size=BATCH,
-        fn_constructor_kwargs={"config": config, "weights": [weights], "threads": 1, **more},
+        fn_constructor_kwargs={**model, "threads": 1, **more},
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=None if gpus else 1,
         num_gpus=1 if gpus else None,

@@ -190,6 +190,11 @@ def quiet(log: Path | None) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(contextlib.redirect_stdout(file))
         stack.enter_context(contextlib.redirect_stderr(file))
+        # Ray's C++ core writes to the descriptor itself.
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        stack.callback(os.close, stderr)
+        stack.callback(os.dup2, stderr, 2)
         yield
 
 
