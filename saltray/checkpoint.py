@@ -48,16 +48,23 @@ def save(
     (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
     if training is not None:
         torch.save(training, folder / TRAINING)
+    else:
+        (folder / TRAINING).unlink(missing_ok=True)
 
 
 def load_config(folder: Path) -> TrialConfig:
     """Read the trial's configuration; raises CheckpointError."""
-    return TrialConfig.from_dict(_read_json(folder / CONFIG))
+    try:
+        return TrialConfig.from_dict(_read_json(folder / CONFIG))
+    except CheckpointError:
+        raise
+    except UserError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
 
 
 def load_metrics(folder: Path) -> dict[str, Any]:
     """Read the scores; raises CheckpointError."""
-    return dict(_read_json(folder / METRICS))
+    return _read_json(folder / METRICS)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -93,9 +100,12 @@ def _expect(file: Path) -> None:
         raise CheckpointError(f"{file}: no such file; not a complete checkpoint")
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path) -> dict[str, Any]:
     _expect(file)
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: damaged: expected a JSON object")
+    return content

@@ -1,5 +1,6 @@
 """What the command lines share."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,12 +43,10 @@ def parse_duration(text: str | None) -> float | None:
     """
     if text is None:
         return None
-    import pandas as pd
-
-    try:
-        seconds = float(pd.Timedelta(text).total_seconds())
-    except ValueError:
-        seconds = 0.0
-    if text.isdigit() or not seconds > 0:
+    number = r"(\d+(?:\.\d+)?)"
+    match = re.fullmatch(rf"(?:{number}d)? ?(?:{number}h)? ?(?:{number}m)? ?(?:{number}s)?", text, re.ASCII)
+    counts = match.groups(default="0") if match else ()
+    seconds = sum(float(n) * unit for n, unit in zip(counts, (86400, 3600, 60, 1), strict=False))
+    if not seconds:
         raise UserError(f"--time-budget {text}: not a duration such as 90s, 30m or 1h30m")
     return seconds

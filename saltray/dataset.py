@@ -11,8 +11,9 @@ import io
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -90,11 +91,13 @@ def open_folder(uri: str) -> Folder:
     if "://" in uri:
         try:
             filesystem, root = pyarrow.fs.FileSystem.from_uri(uri)
+            kind = filesystem.get_file_info(root).type
         except (ValueError, OSError) as error:
-            raise DataError(f"{uri}: {error}") from None
+            raise DataError(f"{uri}: cannot be read: {error}") from None
     else:
         filesystem, root = pyarrow.fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
-    if filesystem.get_file_info(root).type != pyarrow.fs.FileType.Directory:
+        kind = filesystem.get_file_info(root).type
+    if kind != pyarrow.fs.FileType.Directory:
         raise DataError(f"{uri}: no such folder; --data names the folder that holds train.csv")
     return Folder(filesystem, root)
 
@@ -326,13 +329,13 @@ def _sort_members(archive: str, names: list[str], kinds: list[str]) -> dict[str,
 
 @contextmanager
 def _open_zip(filesystem: pyarrow.fs.FileSystem, archive: str) -> Iterator[zipfile.ZipFile]:
-    with filesystem.open_input_file(archive) as file:
+    with ExitStack() as stack:
         try:
-            opened = zipfile.ZipFile(file)
-        except zipfile.BadZipFile as error:
+            file = stack.enter_context(filesystem.open_input_file(archive))
+            opened = stack.enter_context(zipfile.ZipFile(file))
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
             raise DataError(f"{archive}: not a readable zip file: {error}") from None
-        with opened:
-            yield opened
+        yield opened
 
 
 def _match(rows: pd.DataFrame, images: dict[str, str], csv: str, where: str) -> Problems:
@@ -348,7 +351,7 @@ def _add_depths(folder: Folder, rows: pd.DataFrame, problems: Problems) -> pd.Da
     for tile in set(rows["id"]) - set(depths.index):
         problems.setdefault(tile, "without a row in depths.csv")
     z = pd.to_numeric(rows["id"].map(depths), errors="coerce").astype(np.float32)
-    for tile in set(rows["id"][z.isna()]) & set(depths.index):
+    for tile in set(rows["id"][~np.isfinite(z)]) & set(depths.index):
         problems.setdefault(tile, f"depths.csv: depth {depths[tile]!r} is not a number")
     return rows.assign(z=z)
 
@@ -367,8 +370,11 @@ def _reader(filesystem: pyarrow.fs.FileSystem, archive: str | None) -> Iterator[
         with _open_zip(filesystem, archive) as opened:
 
             def read_member(name: str) -> bytes:
-                with opened.open(name) as member:
-                    return member.read(_PNG_LIMIT + 1)
+                try:
+                    with opened.open(name) as member:
+                        return member.read(_PNG_LIMIT + 1)
+                except (zlib.error, EOFError, RuntimeError) as error:  # damaged, encrypted, unknown method
+                    raise ValueError(f"a damaged or encrypted member of the zip: {error}") from None
 
             yield read_member
 
@@ -409,16 +415,18 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     Raises:
         ValueError: the data is no undamaged 101x101 PNG of 8 bits a channel.
     """
-    image = _open_png(data)
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-        raise ValueError(f"PNG of mode {image.mode}: expected 8-bit grey or RGB")
+    image, depth = _open_png(data), data[24]
+    if depth > 8 or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        raise ValueError(f"PNG of mode {image.mode}, {depth} bits a channel: expected 8-bit grey or RGB")
     return np.asarray(image.convert("L"), np.uint8)
 
 
 def decode_mask(data: bytes) -> npt.NDArray[np.uint8]:
     """Decode a mask PNG (16-bit, or 8-bit where empty) to uint8 (101, 101) in {0, 1}; raises likewise."""
-    salt = np.asarray(_open_png(data)) > 0
-    return np.asarray(salt.any(axis=2) if salt.ndim == 3 else salt, np.uint8)
+    image = _open_png(data)
+    # Colour, palette and transparency say nothing of salt: their brightness does.
+    pixels = np.asarray(image.convert("L") if image.mode in ("LA", "P", "PA", "RGB", "RGBA") else image)
+    return (pixels > 0).astype(np.uint8)
 
 
 def _open_png(data: bytes) -> Image.Image:
@@ -434,7 +442,10 @@ def _open_png(data: bytes) -> Image.Image:
         raise ValueError(f"more than {_PNG_LIMIT} bytes for {TILE}x{TILE} pixels")
     try:
         image = Image.open(io.BytesIO(data), formats=["PNG"])
+        if image.size != (TILE, TILE):
+            raise ValueError("a second header")
         image.load()
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # load() checks no pixel data's checksum
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"a damaged PNG: {error}") from None
     return image

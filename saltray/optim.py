@@ -31,7 +31,7 @@ def learning_rate(config: OptimConfig, history: Sequence[float]) -> float:
         waited = 0 if score > best else waited + 1
         best = max(best, score)
         if waited >= config.plateau_patience:
-            rate, waited = max(rate * config.plateau_factor, config.min_learning_rate), 0
+            rate, waited = min(rate, max(rate * config.plateau_factor, config.min_learning_rate)), 0
     return rate
 
 

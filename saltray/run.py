@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import warnings
@@ -134,8 +135,10 @@ def _commit() -> str | None:
         return None
 
 
-def connect(address: str | None) -> str:
-    """Join a running cluster, or start Ray on this machine; Ray Data is set to keep order and quiet.
+def connect(address: str | None, cpus: int | None = None) -> str:
+    """Join the cluster at `address` or RAY_ADDRESS, or start Ray on this machine.
+
+    Ray Data is set to keep order, and quiet.
 
     Returns:
         The URL of Ray's dashboard, or an empty string.
@@ -143,17 +146,16 @@ def connect(address: str | None) -> str:
     Raises:
         RunError: there is no cluster at the address.
     """
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    # Trials on this machine import the saltray that this process imported.
-    source = str(Path(__file__).parents[1])
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))}
+    joins = address is not None or "RAY_ADDRESS" in os.environ
+    env = {} if joins else _local_environment()
     try:
         context = ray.init(
-            address=address,
+            address=address if joins else "local",
+            num_cpus=cpus,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            include_dashboard=None if address else True,
-            runtime_env=None if address else {"env_vars": env},
+            include_dashboard=None if joins else True,
+            runtime_env={"env_vars": env} if env else None,
         )
     except (ConnectionError, RaySystemError, ValueError) as error:
         raise RunError(f"--address {address}: no Ray cluster there: {error}") from None
@@ -162,6 +164,25 @@ def connect(address: str | None) -> str:
     # The order of the blocks, and so the shuffle, must not depend on which task ends first.
     data.execution_options.preserve_order = True
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+
+def _local_environment() -> dict[str, str]:
+    """Return what the processes of a Ray on this machine need to know.
+
+    Its address is fixed beforehand and told to all: where two Rays run on one machine, Ray Train's cleaner
+    does not know which is its own, and the placement group of a stopped trial is never freed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    os.environ["RAY_GCS_SERVER_PORT"] = port
+    address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    # Trials import the saltray that this process imported.
+    source = str(Path(__file__).parents[1])
+    return {
+        "RAY_ADDRESS": f"{address}:{port}",
+        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")])),
+    }
 
 
 def disconnect() -> None:

@@ -4,17 +4,15 @@ The study in the run's folder is the one truth. Every result goes there as it co
 waits there with its parameters and its checkpoint, and a resumed search reads what is left to do from it.
 """
 
-import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import optuna
-import torch
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -22,8 +20,8 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from saltray.config import TrialConfig, UserError
-from saltray.model import build_model
+from saltray.config import UserError
+from saltray.space import Space
 from saltray.trial import Tiles, WorkerResources, run_trial
 
 METRIC = "best_map"
@@ -42,90 +40,6 @@ class SearchError(UserError):
 
 
 @dataclass(frozen=True)
-class Space:
-    """A search space: draws one trial's configuration; `first` are the parameters of the first trial."""
-
-    draw: Callable[[optuna.trial.BaseTrial], Any]
-    first: dict[str, Any] | None
-    path: Path
-
-    def config(self, trial: optuna.trial.BaseTrial, epochs: int, seed: int) -> TrialConfig:
-        """Draw and validate one trial's configuration.
-
-        Raises:
-            SearchError: the space's answer is no valid configuration.
-        """
-        values = self.draw(trial)
-        if not isinstance(values, dict):
-            raise SearchError(f"{self.path}: space(trial) returned {values!r}; it must return a nested dict")
-        for name in ("epochs", "seed"):
-            if name in values:
-                raise SearchError(f"{self.path}: '{name}' belongs to the command line (--{name})")
-        try:
-            return TrialConfig.from_dict({**values, "epochs": epochs, "seed": seed})
-        except UserError as error:
-            raise SearchError(f"{self.path}: {error}") from None
-
-
-def load_space(path: Path) -> Space:
-    """Load a search space from a Python file with `space(trial)` and, if wanted, a dict `FIRST`.
-
-    A space file is code: it runs with the rights of whoever starts the search.
-
-    Raises:
-        SearchError: the file is absent, does not import, or has no function `space`.
-    """
-    if not path.is_file():
-        raise SearchError(f"{path}: no such file; --space names a Python file with a function space(trial)")
-    spec = importlib.util.spec_from_file_location("saltray_space", path)
-    if spec is None or spec.loader is None:
-        raise SearchError(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise SearchError(f"{path}: does not import: {type(error).__name__}: {error}") from error
-    draw = getattr(module, "space", None)
-    if not callable(draw):
-        raise SearchError(f"{path}: no function space(trial)")
-    return Space(draw, getattr(module, "FIRST", None), path)
-
-
-def check_space(
-    space: Space, *, epochs: int, seed: int, workers: int, samples: int = 20
-) -> list[TrialConfig]:
-    """Draw samples, the first trial's among them, and build each network (without memory for it).
-
-    Raises:
-        SearchError: a draw fails, is no valid configuration, or does not fit the number of workers.
-    """
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
-    trials: list[optuna.trial.BaseTrial] = [study.ask() for _ in range(samples)]
-    if space.first is not None:
-        trials.insert(0, optuna.trial.FixedTrial(space.first))
-    configs = []
-    for trial in trials:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # a first value outside its range is only warned of
-                config = space.config(trial, epochs, seed)
-                with torch.device("meta"):
-                    build_model(config.model)
-        except SearchError:
-            raise
-        except Exception as error:
-            what = "FIRST" if isinstance(trial, optuna.trial.FixedTrial) else "space(trial)"
-            raise SearchError(f"{space.path}: {what}: {type(error).__name__}: {error}") from error
-        if config.batch_size % workers:
-            raise SearchError(
-                f"{space.path}: batch_size {config.batch_size} cannot be shared by {workers} workers; "
-                "draw multiples of --workers-per-trial"
-            )
-        configs.append(config)
-    return configs
-
-
-@dataclass(frozen=True)
 class Plan:
     """How many trials run side by side, and what each worker gets."""
 
@@ -134,7 +48,7 @@ class Plan:
 
 
 def plan(
-    nodes: Sequence[dict[str, float]],
+    nodes: Sequence[Mapping[str, float]],
     *,
     trials: int,
     workers: int = 1,
@@ -177,7 +91,7 @@ def plan(
     return Plan(concurrency, WorkerResources(workers, cpus, gpus))
 
 
-def _slots(node: dict[str, float], cpus: float, gpus: float) -> int:
+def _slots(node: Mapping[str, float], cpus: float, gpus: float) -> int:
     """Count the workers that fit on a machine."""
     by_cpu = math.floor(node.get("CPU", 0) / cpus + 1e-9)
     if not gpus:
@@ -187,7 +101,7 @@ def _slots(node: dict[str, float], cpus: float, gpus: float) -> int:
     return min(by_cpu, by_gpu)
 
 
-def _most_threads(nodes: Sequence[dict[str, float]], workers: int) -> int:
+def _most_threads(nodes: Sequence[Mapping[str, float]], workers: int) -> int:
     """Return the largest whole number of CPUs a worker with which so many still run at once."""
     largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
     fits = (c for c in range(largest, 0, -1) if sum(_slots(n, c, 0) for n in nodes) >= workers)
@@ -330,6 +244,12 @@ class StudyASHA(AsyncHyperBandScheduler):
         """Take a trial in; one that goes on brings its earlier epochs along."""
         super().on_trial_add(tune_controller, trial)
         self._replay(trial.config["number"], trial.trial_id)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide whether a trial goes on; one that reports its end is let end by itself."""
+        if result.get("finished"):
+            return self.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
 
     def _replay(self, number: int, trial_id: str) -> None:
         for epoch, value in sorted(self._known.get(number, {}).items()):

@@ -4,7 +4,6 @@ One worker runs in Ray Train's local mode, inside Tune's own actor, which is reu
 trial then costs about a second beside its training. Several workers run under `TorchTrainer` with DDP.
 """
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +76,6 @@ def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources,
     if resources.workers == 1:
         TorchTrainer(worker, scaling_config=train.ScalingConfig(num_workers=0)).fit()
         return
-    # The cleaner of a stopped trainer's placement group finds its cluster by this variable.
-    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     TorchTrainer(
         worker,
         scaling_config=train.ScalingConfig(

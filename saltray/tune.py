@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from saltray import run, search
+    from saltray import space as spaces
 
 DEMO = {"trials": 6, "epochs": 8}
 DEFAULTS = {"trials": 20, "epochs": 50}
@@ -92,15 +93,14 @@ def run_session(folder: Path, settings: run.Settings, address: str | None, *, re
     from rich.console import Console
 
     from saltray import run, search
+    from saltray import space as spaces
 
     console = Console(file=sys.stdout, highlight=False)
     if settings.trials < 1 or settings.epochs < 1:
         raise UserError(f"--trials {settings.trials} --epochs {settings.epochs}: at least 1 of each")
-    space = search.load_space(folder / "space.py" if resumed else Path(settings.space))
+    space = spaces.load(folder / "space.py" if resumed else Path(settings.space))
     with run.quiet(None):
-        search.check_space(
-            space, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial
-        )
+        spaces.check(space, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial)
     if not resumed:
         run.refuse_taken(folder)
         if settings.data == str(folder / "demo" / "data"):
@@ -157,7 +157,7 @@ def _read(settings: run.Settings) -> tuple[Data, dict[str, str]]:
 def _search(
     folder: Path,
     settings: run.Settings,
-    space: search.Space,
+    space: spaces.Space,
     chosen: search.Plan,
     data: Data,
     console: Console,

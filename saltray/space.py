@@ -1,0 +1,100 @@
+"""Search spaces: Python files with a function `space(trial)`, loaded by path, checked before the search."""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+
+from saltray.config import TrialConfig, UserError
+from saltray.model import build_model
+
+
+class SpaceError(UserError):
+    """The space cannot be searched; the message names its file."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """A search space: draws one trial's configuration; `first` are the parameters of the first trial."""
+
+    draw: Callable[[optuna.trial.BaseTrial], Any]
+    first: dict[str, Any] | None
+    path: Path
+
+    def config(self, trial: optuna.trial.BaseTrial, epochs: int, seed: int) -> TrialConfig:
+        """Draw and validate one trial's configuration.
+
+        Raises:
+            SpaceError: the space's answer is no valid configuration.
+        """
+        values = self.draw(trial)
+        if not isinstance(values, dict):
+            raise SpaceError(f"{self.path}: space(trial) returned {values!r}; it must return a nested dict")
+        for name in ("epochs", "seed"):
+            if name in values:
+                raise SpaceError(f"{self.path}: '{name}' belongs to the command line (--{name})")
+        try:
+            return TrialConfig.from_dict({**values, "epochs": epochs, "seed": seed})
+        except UserError as error:
+            raise SpaceError(f"{self.path}: {error}") from None
+
+
+def load(path: Path) -> Space:
+    """Load a search space from a Python file with `space(trial)` and, if wanted, a dict `FIRST`.
+
+    A space file is code: it runs with the rights of whoever starts the search.
+
+    Raises:
+        SpaceError: the file is absent, does not import, or has no function `space`.
+    """
+    if not path.is_file():
+        raise SpaceError(f"{path}: no such file; --space names a Python file with a function space(trial)")
+    spec = importlib.util.spec_from_file_location("saltray_space", path)
+    if spec is None or spec.loader is None:
+        raise SpaceError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise SpaceError(f"{path}: does not import: {type(error).__name__}: {error}") from error
+    draw = getattr(module, "space", None)
+    if not callable(draw):
+        raise SpaceError(f"{path}: no function space(trial)")
+    return Space(draw, getattr(module, "FIRST", None), path)
+
+
+def check(space: Space, *, epochs: int, seed: int, workers: int, samples: int = 20) -> list[TrialConfig]:
+    """Draw samples, the first trial's among them, and build each network (without memory for it).
+
+    Raises:
+        SpaceError: a draw fails, is no valid configuration, or does not fit the number of workers.
+    """
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+    trials: list[optuna.trial.BaseTrial] = [study.ask() for _ in range(samples)]
+    if space.first is not None:
+        trials.insert(0, optuna.trial.FixedTrial(space.first))
+    configs = []
+    for trial in trials:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # a first value outside its range is only warned of
+                config = space.config(trial, epochs, seed)
+                with torch.device("meta"):
+                    build_model(config.model)
+        except SpaceError:
+            raise
+        except Exception as error:
+            what = "FIRST" if isinstance(trial, optuna.trial.FixedTrial) else "space(trial)"
+            raise SpaceError(f"{space.path}: {what}: {type(error).__name__}: {error}") from error
+        if config.batch_size % workers:
+            raise SpaceError(
+                f"{space.path}: batch_size {config.batch_size} cannot be shared by {workers} workers; "
+                "draw multiples of --workers-per-trial"
+            )
+        configs.append(config)
+    return configs

@@ -1,0 +1,195 @@
+"""The search over a local Ray; where training does not matter, a trainable that only reports."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from optuna.trial import TrialState
+from ray import tune
+
+from saltray import checkpoint, dataset, demo, run, search
+from saltray.search import Plan
+from saltray.space import Space
+from saltray.trial import Tiles, WorkerResources
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+ONE = Plan(1, WorkerResources(1, 1, 0))
+TWO = Plan(2, WorkerResources(1, 1, 0))
+NOTHING: Any = None
+
+
+def draw(trial: Any) -> dict[str, Any]:
+    return {
+        "model": {"filters": trial.suggest_int("filters", 1, 3), "levels": 1, "dropout": 0.0},
+        "optim": {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-1, log=True)},
+        "batch_size": 8,
+    }
+
+
+SPACE = Space(draw, {"filters": 2, "learning_rate": 1e-2}, Path("space.py"))
+
+
+@pytest.fixture(scope="module")
+def tiles(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Tiles:
+    data = demo.write(tmp_path_factory.mktemp("tiles"), train=40, test=4, seed=3)
+    table = dataset.read_train(dataset.open_folder(str(data)))
+    fold = dataset.stratified_folds(table.rows["coverage"], 4, 0)
+    return Tiles.share(
+        dataset.decode(table.where(fold != 0))[0], dataset.decode(table.where(fold == 0))[0], 1
+    )
+
+
+def run_search(folder: Path, tiles: Tiles, chosen: Plan = ONE, **options: Any) -> Any:
+    folder.mkdir(exist_ok=True)
+    settings = {"trials": 3, "epochs": 2, "seed": 0} | options
+    return search.run_search(SPACE, tiles, chosen, folder, **settings)
+
+
+def reported_epochs(study: Any) -> list[list[int]]:
+    return [sorted(t.intermediate_values) for t in study.trials]
+
+
+def leaked_groups() -> list[Any]:
+    table = ray.util.placement_group_table()
+    return [g for g in table.values() if g["state"] != "REMOVED"]
+
+
+def wait_for(condition: Any, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.2)
+    return bool(condition())
+
+
+def test_a_search_is_repeatable_and_its_best_checkpoint_rebuilds_the_model(
+    tiles: Tiles, tmp_path: Path
+) -> None:
+    studies = []
+    for name in ("first", "again"):
+        studies.append(run_search(tmp_path / name, tiles))
+    values = [[(t.params, t.intermediate_values) for t in study.trials] for study in studies]
+    assert values[0] == values[1]
+    assert studies[0].trials[0].params == SPACE.first
+    assert search.count(studies[0]) == search.Counts(3, 0, 0, 0)
+    best = search.best_trial(studies[0])
+    folder = run.export_best(tmp_path / "first", best.user_attrs["checkpoint"], {"trial": best.number})
+    assert checkpoint.load_metrics(folder)["best_map"] == search.score(best)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.json", "weights.safetensors"]
+    checkpoint.load_model(folder)
+
+
+def test_a_finished_search_is_extended_and_repeats_nothing(tiles: Tiles, tmp_path: Path) -> None:
+    before = run_search(tmp_path, tiles, trials=2, epochs=1).trials
+    after = run_search(tmp_path, tiles, trials=4, epochs=1)
+    assert [t.datetime_start for t in after.trials[:2]] == [t.datetime_start for t in before]
+    assert search.count(after).complete == 4
+    assert len(run_search(tmp_path, tiles, trials=4, epochs=1).trials) == 4
+
+
+def test_a_killed_trial_goes_on_from_its_last_epoch(tiles: Tiles, tmp_path: Path) -> None:
+    class Killer(tune.Callback):
+        killed: list[int] = []  # noqa: RUF012
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+        ) -> None:
+            if result["epoch"] == 2 and not self.killed:
+                self.killed.append(result["pid"])
+                os.kill(result["pid"], signal.SIGKILL)
+
+    killer = Killer()
+    study = run_search(tmp_path / "killed", tiles, trials=1, epochs=4, callbacks=[killer])
+    assert killer.killed
+    whole = run_search(tmp_path / "whole", tiles, trials=1, epochs=4)
+    assert study.trials[0].intermediate_values == whole.trials[0].intermediate_values
+    assert study.trials[0].state == TrialState.COMPLETE
+
+
+def test_failures_end_their_trial_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(spec: dict[str, Any], **_: Any) -> None:
+        if spec["number"] == 1:
+            raise OSError("the disk is full")
+        if spec["number"] == 2:
+            tune.report({"epoch": 1, "best_map": 0.0, "finished": True, "diverged": "the loss is nan"})
+            return
+        for epoch in (1, 2):
+            tune.report({"epoch": epoch, "best_map": 0.5, "finished": epoch == 2})
+
+    monkeypatch.setattr(search, "run_trial", fake)
+    study = run_search(tmp_path, NOTHING, TWO, trials=5)
+    states = [t.state for t in study.trials]
+    assert states.count(TrialState.COMPLETE) == 3
+    assert (states[1], states[2]) == (TrialState.FAIL, TrialState.FAIL)
+    assert "OSError: the disk is full" in study.trials[1].user_attrs["reason"]
+    assert study.trials[2].user_attrs["reason"] == "the loss is nan"
+
+
+def test_stopped_early_is_pruned_with_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(spec: dict[str, Any], **_: Any) -> None:
+        for epoch in range(1, 10):
+            tune.report({"epoch": epoch, "best_map": 0.9 - 0.1 * spec["number"], "finished": epoch == 9})
+
+    monkeypatch.setattr(search, "run_trial", fake)
+    study = run_search(tmp_path, NOTHING, trials=4, epochs=9)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] + 3 * [TrialState.PRUNED]
+    assert reported_epochs(study) == [list(range(1, 10))] + 3 * [[1, 2, 3]]
+
+
+def test_time_budget_cuts_trials_off_and_they_go_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(spec: dict[str, Any], **_: Any) -> None:
+        for epoch in range(1, 5):
+            tune.report({"epoch": epoch, "best_map": 0.5, "finished": epoch == 4})
+            time.sleep(3 if epoch == 2 and not spec["resume"] else 0)
+
+    monkeypatch.setattr(search, "run_trial", fake)
+    study = run_search(tmp_path, NOTHING, TWO, trials=2, epochs=4, time_budget=2.0)
+    assert search.count(study).waiting == 2
+    study = run_search(tmp_path, NOTHING, TWO, trials=2, epochs=4)
+    assert search.count(study) == search.Counts(2, 0, 0, 0)
+    assert reported_epochs(study) == 2 * [[1, 2, 3, 4]]
+
+
+def test_two_workers_agree_with_one_and_leave_nothing_behind(tiles: Tiles, tmp_path: Path) -> None:
+    two = Tiles.share(tiles.training[0], tiles.validation[0], 2)
+    assert sum(v.count() for v in two.validation) == tiles.validation[0].count()
+    study = run_search(tmp_path, two, Plan(1, WorkerResources(2, 1, 0)), trials=1, epochs=2)
+    best = search.best_trial(study)
+    assert search.count(study).complete == 1
+    folder = run.export_best(tmp_path, best.user_attrs["checkpoint"], {})
+    import torch
+
+    from saltray import training
+
+    alone = training.evaluate(
+        checkpoint.load_model(folder),
+        dataset.plain_stream(tiles.validation[0], batch_size=4),
+        torch.device("cpu"),
+        None,
+    )
+    assert alone == pytest.approx(search.score(best), abs=1e-9)
+    assert wait_for(lambda: not leaked_groups(), 30)
+
+
+def test_two_workers_cut_off_leak_no_placement_group(tiles: Tiles, tmp_path: Path) -> None:
+    two = Tiles.share(tiles.training[0], tiles.validation[0], 2)
+    chosen = Plan(1, WorkerResources(2, 1, 0))
+    study = run_search(tmp_path, two, chosen, trials=1, epochs=1000, time_budget=25.0)
+    assert search.count(study).waiting == 1
+    assert study.trials[0].intermediate_values
+    assert wait_for(lambda: not leaked_groups(), 60)
+
+
+def test_configs_reach_the_trials_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(spec: dict[str, Any], **_: Any) -> None:
+        tune.report({"epoch": 1, "best_map": spec["config"]["optim"]["learning_rate"], "finished": True})
+
+    monkeypatch.setattr(search, "run_trial", fake)
+    study = run_search(tmp_path, NOTHING, TWO, trials=4, epochs=1)
+    assert [t.value for t in study.trials] == [t.params["learning_rate"] for t in study.trials]

@@ -1,0 +1,5 @@
+from hypothesis import settings
+
+# The same examples in every run, and no time limit: a busy machine must not fail a test.
+settings.register_profile("saltray", deadline=None, max_examples=60, derandomize=True, database=None)
+settings.load_profile("saltray")

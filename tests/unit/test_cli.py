@@ -1,0 +1,98 @@
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saltray import cli
+from saltray.config import UserError
+from saltray.submission import SubmissionError
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (None, None),
+        ("90s", 90),
+        ("30m", 1800),
+        ("1h30m", 5400),
+        ("1h 30m", 5400),
+        ("1.5h", 5400),
+        ("2h", 7200),
+        ("1d", 86400),
+    ],
+)
+def test_durations(text: str | None, seconds: float | None) -> None:
+    assert cli.parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "90", " 90", "+5", "1.5", "0s", "-5m", "nan", "inf", "soon", "1x", "1e3", "٣"]
+)
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"--time-budget .*: not a duration such as 90s, 30m or 1h30m"):
+        cli.parse_duration(text)
+
+
+def test_paths_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for uri in ("s3://bucket/a/../b", "gs://bucket/x", "file:///x"):
+        assert cli.located(uri) == uri
+    assert cli.located("data/../tiles") == str(tmp_path.resolve() / "tiles")
+    assert cli.located("~/tiles") == str((tmp_path / "home").resolve() / "tiles")
+    assert cli.located(str(tmp_path)) == str(tmp_path.resolve())
+
+
+def test_bundled_spaces_are_found_and_define_a_space() -> None:
+    for name in ("demo", "unet", "resunet"):
+        path = cli.bundled_space(name)
+        assert path.is_file()
+        assert "def space(" in path.read_text()
+    with pytest.raises(UserError, match=r"search_spaces/nowhere\.py: not found .* --space"):
+        cli.bundled_space("nowhere")
+
+
+def test_bundled_spaces_of_an_installed_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / "saltray" / "search_spaces" / "demo.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "saltray" / "cli.py"))
+    assert cli.bundled_space("demo") == installed
+
+
+def run(monkeypatch: pytest.MonkeyPatch, main: Callable[..., Any], *arguments: str) -> str | int | None:
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer changes it
+    with pytest.raises(SystemExit) as ended:
+        cli.run_program(main)
+    return ended.value.code
+
+
+def test_what_the_user_can_mend_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(file: str) -> None:
+        raise SubmissionError(f"{file}: no such file")
+
+    # A text as exit code goes to stderr, and the status is 1.
+    assert run(monkeypatch, main, "a.csv") == "error: a.csv: no such file"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        cli.run_program(main)
+
+
+def test_success_and_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(tiles: int) -> None:
+        print(tiles + 1)
+
+    assert run(monkeypatch, main, "41") == 0
+    assert capsys.readouterr().out == "42\n"
+    assert run(monkeypatch, main, "many") == 2
+    assert "Usage" in capsys.readouterr().err

@@ -1,0 +1,587 @@
+"""The contest's folder as tables, the PNG readers and the split: what `saltray.dataset` does without Ray."""
+
+import io
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from saltray import demo, rle
+from saltray.config import TILE
+from saltray.dataset import (
+    DataError,
+    Folder,
+    Table,
+    decode_image,
+    decode_mask,
+    open_folder,
+    read_test,
+    read_train,
+    refuse,
+    stratified_folds,
+    submission_ids,
+)
+
+Reader = Callable[[Folder], Table]
+
+TRAIN = [f"train{i:06d}" for i in range(12)]
+TEST = [f"test{i:06d}" for i in range(12, 16)]
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo.write(tmp_path_factory.mktemp("demo"), train=12, test=4, seed=3)
+
+
+@pytest.fixture
+def data(pristine: Path, tmp_path: Path) -> Path:
+    """A data set of the test's own, to be spoilt."""
+    return Path(shutil.copytree(pristine, tmp_path / "data"))
+
+
+def edit(file: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    change(pd.read_csv(file, dtype=str, keep_default_na=False)).to_csv(file, index=False)
+
+
+def put(file: Path, tile: str, column: str, value: str) -> None:
+    def change(table: pd.DataFrame) -> pd.DataFrame:
+        table.loc[table["id"] == tile, column] = value
+        return table
+
+    edit(file, change)
+
+
+def pack(data: Path, part: str, prefix: str) -> Path:
+    """Zip a part as `prefix`images/... and remove its folder."""
+    with zipfile.ZipFile(data / f"{part}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted((data / part).rglob("*.png")):
+            archive.write(file, prefix + file.relative_to(data / part).as_posix())
+    shutil.rmtree(data / part)
+    return data / f"{part}.zip"
+
+
+def png(pixels: npt.NDArray[np.generic], mode: str | None = None) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+
+
+GREY = np.random.default_rng(0).integers(0, 256, (TILE, TILE), dtype=np.uint8)
+RGB_PNG = png(np.repeat(GREY[:, :, None], 3, axis=2))
+SALT = GREY > 128
+MASK_PNG = png(SALT.astype(np.uint16) * 65535)
+
+
+# The folder
+
+
+@pytest.mark.parametrize("form", ["path", "trailing slash", "relative", "file URI"])
+def test_open_folder_takes_paths_and_uris(data: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data.parent)
+    uri = {"path": str(data), "trailing slash": f"{data}/", "relative": "data", "file URI": data.as_uri()}
+    folder = open_folder(uri[form])
+    assert folder.path("train", "images") == (data / "train" / "images").as_posix()
+    assert folder.exists("train.csv") and folder.exists("train", "masks") and not folder.exists("nothing")
+    assert read_train(folder).rows["id"].tolist() == TRAIN
+
+
+@pytest.mark.parametrize("form", ["missing path", "missing URI", "file", "unknown scheme"])
+def test_open_folder_names_what_is_not_there(data: Path, form: str) -> None:
+    uri = {
+        "missing path": str(data / "nowhere"),
+        "missing URI": (data / "nowhere").as_uri(),
+        "file": str(data / "train.csv"),
+        "unknown scheme": "nosuch://bucket/data",
+    }[form]
+    with pytest.raises(DataError) as caught:
+        open_folder(uri)
+    assert uri in str(caught.value)
+
+
+# The tables
+
+
+def test_read_train_tells_depth_coverage_and_files(data: Path) -> None:
+    table = read_train(open_folder(str(data)))
+    rows = table.rows
+    assert (table.archive, table.problems) == (None, {})
+    assert rows["id"].tolist() == TRAIN and rows["row"].tolist() == list(range(12))
+    depths = pd.read_csv(data / "depths.csv").set_index("id")["z"]
+    assert rows["z"].tolist() == depths[TRAIN].tolist() and rows["z"].dtype == np.float32
+    for _, row in rows.iterrows():
+        mask = np.asarray(Image.open(row["mask"])) > 0
+        assert row["coverage"] == pytest.approx(mask.mean(), abs=1e-12)
+        assert np.array_equal(rle.decode(row["rle"]), mask)
+        assert Path(row["image"]) == data / "train" / "images" / f"{row['id']}.png"
+    assert (rows["coverage"] == 0).any() and (rows["coverage"] > 0).any(), "the sample shows both kinds"
+
+
+def test_read_test_keeps_the_order_of_the_submission(data: Path) -> None:
+    edit(data / "sample_submission.csv", lambda table: table.iloc[::-1])
+    folder = open_folder(str(data))
+    table = read_test(folder)
+    assert table.rows["id"].tolist() == submission_ids(folder) == TEST[::-1]
+    assert table.rows["row"].tolist() == [0, 1, 2, 3]
+    assert [Path(f).stem for f in table.rows["image"]] == TEST[::-1]
+    assert not {"mask", "rle", "coverage"} & set(table.rows.columns)
+
+
+def test_where_chooses_rows_and_drops_the_problems(data: Path) -> None:
+    (data / "train" / "images" / f"{TRAIN[0]}.png").unlink()
+    table = read_train(open_folder(str(data)))
+    chosen = table.where(table.rows["coverage"].to_numpy() > 0)
+    assert table.problems.keys() == {TRAIN[0]} and chosen.problems == {}
+    assert 0 < len(chosen.rows) < len(table.rows) and (chosen.rows["coverage"] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("file", "reader"),
+    [
+        ("train.csv", read_train),
+        ("depths.csv", read_train),
+        ("sample_submission.csv", read_test),
+        ("sample_submission.csv", submission_ids),
+        ("depths.csv", read_test),
+    ],
+)
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file"),
+        (b"", "not a CSV"),
+        (b"\xff\xfe\x00id", "not a CSV"),
+        (b"id,z,rle_mask\na,1,1 1\nb,1,2,3,4\n", "not a CSV"),
+        (b"identity,x\na,1\n", "no column 'id'; it has identity, x"),
+        (b"id,x\na,1\n", "no column '"),
+    ],
+)
+def test_unusable_csv_is_named(
+    data: Path, file: str, reader: Reader, content: bytes | None, expected: str
+) -> None:
+    if content is None:
+        (data / file).unlink()
+    else:
+        (data / file).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        reader(open_folder(str(data)))
+    assert str(data / file) in str(caught.value) and expected in str(caught.value)
+
+
+@pytest.mark.parametrize(("part", "reader"), [("train", read_train), ("test", read_test)])
+def test_neither_folder_nor_zip(data: Path, part: str, reader: Reader) -> None:
+    shutil.rmtree(data / part)
+    with pytest.raises(DataError, match="no such folder, nor") as caught:
+        reader(open_folder(str(data)))
+    assert str(data / part) in str(caught.value) and str(data / f"{part}.zip") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("inner", "reader"),
+    [("train/images", read_train), ("train/masks", read_train), ("test/images", read_test)],
+)
+def test_missing_inner_folder_is_named(data: Path, inner: str, reader: Reader) -> None:
+    shutil.rmtree(data / inner)
+    with pytest.raises(DataError, match="no such folder") as caught:
+        reader(open_folder(str(data)))
+    assert str(data / inner) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "reader"),
+    [("train.csv", read_train), ("sample_submission.csv", read_test), ("depths.csv", read_train)],
+)
+@pytest.mark.parametrize("tile", ["../x", "a/b", "a\\b", "/etc/passwd", "..", "", "a b", "a.b", "é", "a\n"])
+def test_id_that_is_no_plain_name_is_refused(data: Path, file: str, reader: Reader, tile: str) -> None:
+    edit(data / file, lambda table: table.assign(id=[tile, *table["id"].tolist()[1:]]))
+    with pytest.raises(DataError) as caught:
+        reader(open_folder(str(data)))
+    assert str(data / file) in str(caught.value) and repr(tile) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "reader"),
+    [("train.csv", read_train), ("sample_submission.csv", read_test), ("depths.csv", read_test)],
+)
+def test_duplicate_ids_are_all_named(data: Path, file: str, reader: Reader) -> None:
+    edit(data / file, lambda table: pd.concat([table, table.iloc[[0, 2]]]))
+    twice = pd.read_csv(data / file)["id"].iloc[[0, 2]].tolist()
+    with pytest.raises(DataError, match="twice") as caught:
+        reader(open_folder(str(data)))
+    assert str(data / file) in str(caught.value) and all(i in str(caught.value) for i in twice)
+
+
+def test_tiles_that_do_not_match_are_collected_and_left_out(data: Path) -> None:
+    images, masks = data / "train" / "images", data / "train" / "masks"
+    (images / f"{TRAIN[0]}.png").unlink()
+    shutil.copy(images / f"{TRAIN[1]}.png", images / "stranger.png")
+    (masks / f"{TRAIN[2]}.png").unlink()
+    put(data / "train.csv", TRAIN[3], "rle_mask", "7")
+    put(data / "depths.csv", TRAIN[4], "z", "deep")
+    edit(data / "depths.csv", lambda table: table[table["id"] != TRAIN[5]])
+    table = read_train(open_folder(str(data)))
+    expected = {
+        TRAIN[0]: "in train.csv, but without an image in train/images",
+        "stranger": "in train/images, but without a row in train.csv",
+        TRAIN[2]: "without a mask in train/masks",
+        TRAIN[3]: "train.csv: malformed run-length code '7'",
+        TRAIN[4]: "depths.csv: depth 'deep' is not a number",
+        TRAIN[5]: "without a row in depths.csv",
+    }
+    assert table.problems.keys() == expected.keys()
+    for tile, problem in expected.items():
+        assert problem in table.problems[tile]
+    assert table.rows["id"].tolist() == [TRAIN[1], *TRAIN[6:]]
+    assert table.rows["row"].tolist() == [1, *range(6, 12)], "a row's number is its place in the CSV"
+    with pytest.raises(DataError, match="6 bad tiles") as caught:
+        refuse(table.problems, "train")
+    assert all(f"{tile}: {problem}" in str(caught.value) for tile, problem in table.problems.items())
+
+
+def test_test_tiles_that_do_not_match_are_collected(data: Path) -> None:
+    images = data / "test" / "images"
+    (images / f"{TEST[0]}.png").rename(images / "stranger.png")
+    put(data / "depths.csv", TEST[3], "z", "")
+    table = read_test(open_folder(str(data)))
+    assert table.problems.keys() == {TEST[0], "stranger", TEST[3]}
+    assert table.rows["id"].tolist() == TEST[1:3]
+
+
+def test_refuse_accepts_good_tiles_and_counts_one() -> None:
+    refuse({}, "train")
+    with pytest.raises(DataError, match=r"train: 1 bad tile:\n  a: broken\n.*--skip-bad"):
+        refuse({"a": "broken"}, "train")
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("1", "not in pairs"),
+        ("1 2 3", "not in pairs"),
+        ("one 2", "pairs of whole numbers"),
+        ("1 -2", "pairs of whole numbers"),
+        ("1.0 2", "pairs of whole numbers"),
+        ("1 99999999999999999999", "pairs of whole numbers"),
+        ("0 5", "'0 5' lies outside"),
+        ("5 0", "'5 0' lies outside"),
+        ("10201 2", "'10201 2' lies outside"),
+        ("1 10202", "'1 10202' lies outside"),
+        ("1 5 5 2", "'5 2' overlaps"),
+        ("10 2 1 2", "'1 2' overlaps"),
+    ],
+)
+def test_wrong_run_length_code_is_a_problem_of_its_tile(data: Path, code: str, expected: str) -> None:
+    put(data / "train.csv", TRAIN[6], "rle_mask", code)
+    table = read_train(open_folder(str(data)))
+    assert table.problems.keys() == {TRAIN[6]}
+    assert table.problems[TRAIN[6]].startswith("train.csv: ") and expected in table.problems[TRAIN[6]]
+    assert table.rows["id"].tolist() == TRAIN[:6] + TRAIN[7:]
+
+
+@pytest.mark.parametrize(
+    ("code", "coverage"), [("", 0.0), ("1 10201", 1.0), ("10201 1", 1 / 10201), ("1 5 6 2", 7 / 10201)]
+)
+def test_extreme_run_length_codes_are_counted(data: Path, code: str, coverage: float) -> None:
+    put(data / "train.csv", TRAIN[6], "rle_mask", code)
+    table = read_train(open_folder(str(data)))
+    assert table.problems == {} and table.rows["coverage"].iloc[6] == pytest.approx(coverage, abs=1e-12)
+
+
+@pytest.mark.parametrize("depth", ["deep", "", "nan", "12,5", "0x1z"])
+def test_depth_that_is_no_number_is_a_problem_of_its_tile(data: Path, depth: str) -> None:
+    put(data / "depths.csv", TRAIN[2], "z", depth)
+    table = read_train(open_folder(str(data)))
+    assert table.problems.keys() == {TRAIN[2]} and repr(depth) in table.problems[TRAIN[2]]
+
+
+# The zips
+
+
+@pytest.mark.parametrize("prefix", ["", "part/", "./", "deep/er/"])
+def test_zip_gives_the_table_of_its_folder(data: Path, prefix: str) -> None:
+    folder = open_folder(str(data))
+    for part, reader in (("train", read_train), ("test", read_test)):
+        unpacked = reader(folder)
+        archive = pack(data, part, prefix)
+        table = reader(folder)
+        assert table.archive == str(archive) and table.problems == {}
+        files = ["image", "mask"] if part == "train" else ["image"]
+        pd.testing.assert_frame_equal(table.rows.drop(columns=files), unpacked.rows.drop(columns=files))
+        with zipfile.ZipFile(archive) as opened:
+            for kind in files:
+                for member, file in zip(table.rows[kind], unpacked.rows[kind], strict=True):
+                    assert Path(member).name == Path(file).name and f"{kind}s/" in member
+                    assert opened.getinfo(member).file_size > 0
+
+
+def test_folder_goes_before_zip(data: Path) -> None:
+    (data / "train.zip").write_bytes(b"not looked at")
+    assert read_train(open_folder(str(data))).archive is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../images/evil.png", "images/../../evil.png", "/images/evil.png", "images\\evil.png", "../note.txt"],
+)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_zip_with_a_member_outside_is_refused(data: Path, part: str, name: str) -> None:
+    archive = pack(data, part, "")
+    with zipfile.ZipFile(archive, "a") as opened:
+        opened.writestr(zipfile.ZipInfo(name), RGB_PNG)
+    with pytest.raises(DataError, match="leads out of the archive") as caught:
+        (read_train if part == "train" else read_test)(open_folder(str(data)))
+    assert str(archive) in str(caught.value) and repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize("spoil", ["text", "empty", "cut", "folder"])
+def test_not_a_zip_is_named(data: Path, spoil: str) -> None:
+    archive = pack(data, "train", "")
+    content = archive.read_bytes()
+    if spoil == "folder":
+        archive.unlink()
+        archive.mkdir()
+    else:
+        archive.write_bytes(
+            {"text": b"hello" * 100, "empty": b"", "cut": content[: len(content) // 2]}[spoil]
+        )
+    with pytest.raises(DataError) as caught:
+        read_train(open_folder(str(data)))
+    assert str(archive) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_zip_without_a_folder_is_named(data: Path, kind: str) -> None:
+    shutil.rmtree(data / "train" / kind)
+    archive = pack(data, "train", "train/")
+    with pytest.raises(DataError, match=f"no folder '{kind}'") as caught:
+        read_train(open_folder(str(data)))
+    assert str(archive) in str(caught.value)
+
+
+def test_what_macos_adds_to_a_zip_is_ignored(data: Path) -> None:
+    archive = pack(data, "train", "train/")
+    with zipfile.ZipFile(archive, "a") as opened:
+        opened.mkdir("train/images/")
+        for name in (
+            f"__MACOSX/train/images/._{TRAIN[0]}.png",
+            f"__MACOSX/train/images/{TRAIN[0]}.png",
+            "__MACOSX/images/stranger.png",
+            "train/images/.stranger.png",
+            ".cache/images/stranger.png",
+            "train/images/.DS_Store",
+            "train/images/notes.txt",
+            "train/thumbnails/stranger.png",
+        ):
+            opened.writestr(name, b"junk")
+    table = read_train(open_folder(str(data)))
+    assert table.problems == {} and table.rows["id"].tolist() == TRAIN
+    assert table.rows["image"].iloc[0] == f"train/images/{TRAIN[0]}.png"
+
+
+# The PNGs
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA"])
+def test_image_of_every_mode_gives_its_grey(mode: str) -> None:
+    image = decode_image(png(GREY, mode))
+    assert image.dtype == np.uint8 and np.array_equal(image, GREY)
+
+
+@pytest.mark.parametrize("mode", ["1", "P"])
+def test_image_of_few_colours_gives_its_grey(mode: str) -> None:
+    assert np.array_equal(decode_image(png(SALT.astype(np.uint8) * 255, mode)), SALT * 255)
+
+
+@pytest.mark.parametrize(("depth", "colour", "samples"), [(16, 0, 1), (16, 2, 3)])
+def test_image_of_16_bits_is_refused(depth: int, colour: int, samples: int) -> None:
+    lines = (b"\0" + b"\x01\xff" * samples * TILE) * TILE
+    data = RGB_PNG[:8] + header(TILE, TILE, depth, colour) + chunk(b"IDAT", zlib.compress(lines))
+    with pytest.raises(ValueError, match="8"):
+        decode_image(data + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode"),
+    [
+        (SALT.astype(np.uint16) * 65535, None),
+        (SALT.astype(np.uint16), None),
+        (SALT.astype(np.uint8) * 255, None),
+        (SALT.astype(np.uint8), None),
+        (SALT.astype(np.uint8) * 255, "1"),
+        (SALT.astype(np.uint8) * 255, "RGB"),
+    ],
+)
+def test_mask_of_every_depth_gives_the_salt(pixels: npt.NDArray[np.generic], mode: str | None) -> None:
+    mask = decode_mask(png(pixels, mode))
+    assert mask.dtype == np.uint8 and np.array_equal(mask, SALT)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_constant_masks(dtype: type[np.generic]) -> None:
+    empty = np.zeros((TILE, TILE), dtype)
+    assert decode_mask(png(empty)).sum() == 0
+    assert decode_mask(png(~empty)).sum() == TILE * TILE
+
+
+def test_image_and_mask_are_not_transposed() -> None:
+    pixels = np.zeros((TILE, TILE), np.uint8)
+    pixels[3, 70] = 255
+    assert decode_image(png(pixels))[3, 70] == 255 and decode_mask(png(pixels))[3, 70] == 1
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(GREY).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("decode", [decode_image, decode_mask])
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", r"empty file \(0 bytes\)"),
+        (b"hello", "truncated"),
+        (b"not an image at all, though long enough for one", "not a PNG"),
+        (jpeg(), "not a PNG"),
+        (b"\xff" + RGB_PNG[1:], "not a PNG"),
+        (png(GREY[:, :100]), "100x101 pixels: expected 101x101"),
+        (png(GREY[:64]), "101x64 pixels: expected 101x101"),
+        (png(np.zeros((128, 128), np.uint16)), "128x128 pixels"),
+        (RGB_PNG + bytes(2**20), "more than 1048576 bytes"),
+        (RGB_PNG[:8] + header(TILE, TILE) + chunk(b"IEND", b""), "damaged"),
+        (RGB_PNG[:33] + bytes(200), "damaged"),
+    ],
+)
+def test_bad_png_is_refused(
+    decode: Callable[[bytes], npt.NDArray[np.uint8]], data: bytes, expected: str
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        decode(data)
+
+
+@pytest.mark.parametrize("decode", [decode_image, decode_mask])
+@pytest.mark.parametrize(("width", "height"), [(10**9, 10**9), (10**9, TILE), (TILE, 2**32 - 1), (0, 0)])
+def test_absurd_size_is_refused_without_decoding(
+    decode: Callable[[bytes], npt.NDArray[np.uint8]],
+    width: int,
+    height: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("the image was opened"))
+    with pytest.raises(ValueError, match=f"{width}x{height} pixels"):
+        decode(RGB_PNG[:8] + header(width, height) + RGB_PNG[33:])
+
+
+@pytest.mark.parametrize("side", [200, 30_000])
+def test_second_header_does_not_smuggle_a_size(side: int) -> None:
+    with pytest.raises(ValueError, match=r"PNG|pixels"):
+        decode_image(RGB_PNG[:33] + header(side, side) + RGB_PNG[33:])
+
+
+@pytest.mark.parametrize(("data", "decode"), [(RGB_PNG, decode_image), (MASK_PNG, decode_mask)])
+def test_truncated_png_is_refused(data: bytes, decode: Callable[[bytes], npt.NDArray[np.uint8]]) -> None:
+    for length in {*range(60), *range(60, len(data) - 40, max(1, len(data) // 200)), len(data) - 40}:
+        with pytest.raises(ValueError, match=r"truncated|damaged|empty file"):
+            decode(data[:length])
+    # Nothing but the checksums and the end mark missing: refused or read, but never read wrongly.
+    for length in range(len(data) - 40, len(data)):
+        try:
+            pixels = decode(data[:length])
+        except ValueError:
+            continue
+        assert np.array_equal(pixels, decode(data))
+
+
+@pytest.mark.parametrize(("data", "decode"), [(RGB_PNG, decode_image), (MASK_PNG, decode_mask)])
+def test_damaged_byte_never_changes_pixels_silently(
+    data: bytes, decode: Callable[[bytes], npt.NDArray[np.uint8]]
+) -> None:
+    whole = decode(data)
+    silent = []
+    for place in {*range(8, 60), *range(60, len(data), max(1, len(data) // 100)), *range(-300, -12, 3)}:
+        damaged = bytearray(data)
+        damaged[place] ^= 0xFF
+        try:
+            pixels = decode(bytes(damaged))
+        except ValueError:
+            continue
+        if not np.array_equal(pixels, whole):
+            silent.append(place)
+    assert silent == []
+
+
+# The split
+
+
+def spread(values: npt.NDArray[np.generic] | list[int]) -> int:
+    return int(np.max(values) - np.min(values))
+
+
+@pytest.mark.parametrize("folds", [2, 5, 7])
+def test_folds_are_complete_and_alike(folds: int) -> None:
+    rng = np.random.default_rng(1)
+    coverage = np.where(rng.random(403) < 0.39, 0.0, rng.random(403))
+    fold = stratified_folds(coverage, folds, seed=0)
+    assert fold.dtype == np.int64 and fold.shape == (403,)
+    counts = np.bincount(fold, minlength=folds)
+    assert len(counts) == folds and spread(counts) <= 1
+    assert spread([int((coverage[fold == f] == 0).sum()) for f in range(folds)]) <= 1
+    # The tiles with salt, in ten classes by coverage: each fold has its share of each.
+    order = np.argsort(coverage)[int((coverage == 0).sum()) :]
+    classes = np.arange(len(order)) * 10 // len(order)
+    for k in range(10):
+        assert spread(np.bincount(fold[order[classes == k]], minlength=folds)) <= 1
+
+
+def test_folds_follow_the_seed() -> None:
+    coverage = np.random.default_rng(1).random(200)
+    first = stratified_folds(coverage, 5, seed=4)
+    assert np.array_equal(first, stratified_folds(coverage, 5, seed=4))
+    assert not np.array_equal(first, stratified_folds(coverage, 5, seed=5))
+
+
+@given(
+    coverage=st.lists(st.one_of(st.just(0.0), st.just(1.0), st.floats(0, 1)), min_size=5, max_size=60),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_coverage_gives_even_folds(coverage: list[float], seed: int) -> None:
+    """All empty, all salt, few of either: no warning, and folds of one size."""
+    fold = stratified_folds(coverage, 5, seed)
+    counts = np.bincount(fold, minlength=5)
+    assert len(fold) == len(coverage) and len(counts) == 5 and spread(counts) <= 1
+    salt = np.asarray(coverage) > 0
+    if min(salt.sum(), (~salt).sum()) >= 5:
+        assert spread(np.bincount(fold[salt], minlength=5)) <= 1
+
+
+@pytest.mark.parametrize("empty", [0, 1, 4, 5, 20, 36, 39, 40])
+def test_few_tiles_of_either_kind_split_evenly(empty: int) -> None:
+    coverage = np.concatenate([np.zeros(empty), np.linspace(0.01, 1, 40 - empty)])
+    fold = stratified_folds(coverage, 5, seed=0)
+    assert np.bincount(fold).tolist() == [8] * 5
+    if 5 <= empty <= 35:
+        assert spread(np.bincount(fold[:empty], minlength=5)) <= 1
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 4])
+def test_too_few_tiles_are_refused(tiles: int) -> None:
+    with pytest.raises(DataError, match=f"{tiles} labelled tiles: too few for 5 folds"):
+        stratified_folds(np.full(tiles, 0.5), 5, seed=0)

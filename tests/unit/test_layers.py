@@ -1,0 +1,111 @@
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "saltray"
+LAYERS = [
+    ["config"],
+    ["rle"],
+    ["metrics"],
+    ["losses"],
+    ["model"],
+    ["optim"],
+    ["augment"],
+    ["dataset"],
+    ["checkpoint"],
+    ["training"],
+    ["trial"],
+    ["space"],
+    ["search"],
+    ["submission"],
+    ["inference"],
+    ["run"],
+    ["view"],
+    ["cli"],
+    ["demo"],
+    ["tune", "predict", "score"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+WITHOUT_RAY = [
+    *("config", "rle", "metrics", "losses", "model", "optim", "augment", "checkpoint", "training"),
+    *("submission", "cli", "demo", "score"),
+]
+
+
+class Import(NamedTuple):
+    module: str
+    """Dotted, such as saltray.config or ray.data."""
+    typing_only: bool
+
+
+def imports(name: str) -> list[Import]:
+    return list(_walk(ast.parse((PACKAGE / f"{name}.py").read_text()), typing_only=False))
+
+
+def _walk(node: ast.AST, typing_only: bool) -> Iterator[Import]:
+    if isinstance(node, ast.Import):
+        yield from (Import(alias.name, typing_only) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: a relative import"
+        module = node.module or ""
+        # `from saltray import rle` imports the module rle, `from saltray.rle import encode` as well.
+        names = [f"saltray.{a.name}" for a in node.names] if module == "saltray" else [module]
+        yield from (Import(name, typing_only) for name in names)
+    elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        for statement in node.body:
+            yield from _walk(statement, True)
+        for statement in node.orelse:
+            yield from _walk(statement, typing_only)
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from _walk(child, typing_only)
+
+
+def own(name: str) -> set[str]:
+    return {i.module.split(".")[1] for i in imports(name) if i.module.startswith("saltray.")}
+
+
+def foreign(name: str, package: str, typing_only: bool = True) -> bool:
+    found = [i for i in imports(name) if i.module.split(".")[0] == package]
+    return any(typing_only or not i.typing_only for i in found)
+
+
+def test_every_module_has_its_layer() -> None:
+    assert set(MODULES) == set(LEVEL)
+    assert not [path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_modules_above_it(name: str) -> None:
+    assert [other for other in sorted(own(name)) if LEVEL[other] >= LEVEL[name]] == []
+
+
+@pytest.mark.parametrize("name", WITHOUT_RAY)
+def test_numerics_and_files_need_no_ray(name: str) -> None:
+    assert not foreign(name, "ray")
+    assert own(name) <= set(WITHOUT_RAY)  # nor through another module
+
+
+def test_only_the_search_knows_optuna() -> None:
+    assert {name for name in MODULES if foreign(name, "optuna")} <= {"space", "search", "view", "tune"}
+    assert not foreign("tune", "optuna", typing_only=False)
+
+
+def test_training_and_prediction_meet_through_files_alone() -> None:
+    for name in ("inference", "predict"):
+        assert not own(name) & {"trial", "space", "search", "view", "tune"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_spaces_and_tests_are_never_imported(name: str) -> None:
+    assert not foreign(name, "search_spaces")
+    assert not foreign(name, "tests")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_is_too_long(name: str) -> None:
+    assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 500

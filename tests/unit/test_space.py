@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+
+from saltray import space
+from saltray.config import TrialConfig
+from saltray.space import SpaceError
+
+SPACES = Path(__file__).parents[2] / "search_spaces"
+
+
+def write_space(folder: Path, text: str) -> Path:
+    path = folder / "space.py"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["unet", "resunet", "demo"])
+def test_bundled_spaces_are_good_and_begin_with_the_first(name: str) -> None:
+    loaded = space.load(SPACES / f"{name}.py")
+    configs = space.check(loaded, epochs=3, seed=5, workers=2)
+    assert len({str(c) for c in configs}) > 10
+    assert all(c.epochs == 3 and c.seed == 5 for c in configs)
+
+
+@pytest.mark.parametrize("name", ["unet", "resunet"])
+def test_the_first_trial_is_the_seeds_configuration(name: str) -> None:
+    loaded = space.load(SPACES / f"{name}.py")
+    first = space.check(loaded, epochs=50, seed=0, workers=1)[0].to_dict()
+    expected = TrialConfig().to_dict()
+    expected["model"]["architecture"] = name
+    assert first == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import nonsense_module", "does not import: ModuleNotFoundError"),
+        ("def space(trial:", "does not import: SyntaxError"),
+        ("x = 1", "no function space"),
+        ("def space(trial): pass", "returned None"),
+        ("def space(trial): return {'modle': {}}", "modle"),
+        ("def space(trial): return {'model': {'filters': 0}}", "model/filters"),
+        ("def space(trial): return {'model': {'architecture': 'vgg'}}", "'unet' or 'resunet'"),
+        ("def space(trial): return {'epochs': 3}", "--epochs"),
+        ("def space(trial): return {'batch_size': trial.suggest_int('b', 3, 3)}", "2 workers"),
+        ("def space(trial): return 1 / 0", "ZeroDivisionError"),
+        ("FIRST = {}\ndef space(trial): trial.suggest_int('n', 1, 2); return {}", "FIRST"),
+        ("FIRST = {'n': 9}\ndef space(trial): trial.suggest_int('n', 1, 2); return {}", "FIRST"),
+    ],
+)
+def test_bad_spaces_are_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
+    path = write_space(tmp_path, text)
+    with pytest.raises(SpaceError) as error:
+        space.check(space.load(path), epochs=2, seed=0, workers=2)
+    assert words in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match="no such file"):
+        space.load(tmp_path / "absent.py")
