@@ -69,11 +69,10 @@ def refuse_taken(folder: Path) -> None:
         )
 
 
-def create(folder: Path, settings: Settings, space: Path) -> None:
+def create(folder: Path, space: Path) -> None:
     """Make a new run's folder."""
     (folder / "logs").mkdir(parents=True)
     (folder / "space.py").write_text(space.read_text())
-    write_settings(folder, settings)
 
 
 def write_settings(folder: Path, settings: Settings) -> None:

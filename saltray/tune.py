@@ -118,7 +118,7 @@ def run_session(folder: Path, settings: run.Settings, address: str | None, *, re
         with run.quiet(None):
             data, left_out = _read(settings)
         if not resumed:
-            run.create(folder, settings, Path(settings.space))
+            run.create(folder, Path(settings.space))
         run.write_settings(folder, settings)
         _tell_start(console, data, left_out, settings, chosen, dashboard)
         study = _search(folder, settings, space, chosen, data, console)

@@ -1,0 +1,221 @@
+"""The programs as a user runs them: each a process with a Ray of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from saltray import demo, search
+
+ROOT = Path(__file__).parents[2]
+
+SPACE = """
+FIRST = {"filters": 2}
+
+def space(trial):
+    return {
+        "model": {"filters": trial.suggest_int("filters", 1, 3), "levels": 1, "dropout": 0.0},
+        "optim": {"learning_rate": 1e-2},
+        "batch_size": 8,
+    }
+"""
+
+
+class Program:
+    """A saltray command line in a process group of its own, so that nothing outlives its test."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def finish(self, code: int = 0) -> str:
+        output, _ = self.process.communicate(timeout=240)
+        assert self.process.returncode == code, output
+        return output
+
+    def end(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        self.process.communicate(timeout=30)
+
+
+@pytest.fixture
+def start() -> Iterator[type[Program]]:
+    programs: list[Program] = []
+
+    class Started(Program):
+        def __init__(self, *arguments: str | Path) -> None:
+            super().__init__(*arguments)
+            programs.append(self)
+
+    yield Started
+    for program in programs:
+        program.end()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    demo.write(folder, train=30, test=6, seed=1)
+    (folder / "space.py").write_text(SPACE)
+    return folder
+
+
+def search_arguments(files: Path, out: Path, *more: str) -> list[str | Path]:
+    return ["saltray.tune", "--data", files / "data", "--space", files / "space.py", "--out", out, *more]
+
+
+def wait_for_epochs(run: Path, epochs: int) -> None:
+    """Wait until the study holds so many epochs in all."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if (run / "study.db").exists():
+            try:
+                trials = search.load_study(run).trials
+            except search.SearchError:
+                trials = []  # the database is being made
+            if sum(len(t.intermediate_values) for t in trials) >= epochs:
+                return
+        time.sleep(0.5)
+    raise AssertionError("the search does not get on")
+
+
+def check_submission(run: Path, files: Path) -> None:
+    submission = pd.read_csv(run / "submission.csv", keep_default_na=False)
+    sample = pd.read_csv(files / "data" / "sample_submission.csv")
+    assert list(submission.columns) == ["id", "rle_mask"]
+    assert list(submission["id"]) == list(sample["id"])
+
+
+def test_search_predict_score_extend(start: type[Program], files: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    told = start(*search_arguments(files, run, "--trials", "2", "--epochs", "1")).finish()
+    assert "22 training" in told or "24 training" in told
+    assert "2 complete" in told
+    assert "INFO" not in told and len(told.splitlines()) < 40
+    check_submission(run, files)
+    settings = json.loads((run / "run.json").read_text())
+    assert settings["settings"]["trials"] == 2
+    assert settings["sessions"][0]["versions"]["ray"]
+    threshold = json.loads((run / "best" / "metrics.json").read_text())["threshold"]
+    assert 0.2 <= threshold <= 0.8
+
+    # The bundle alone gives the same submission, and the score can be told.
+    alone = tmp_path / "alone.csv"
+    start("saltray.predict", run / "best", "--data", files / "data", "--out", alone).finish()
+    assert alone.read_bytes() == (run / "submission.csv").read_bytes()
+    assert 0 <= float(start("saltray.score", alone, files / "truth.csv").finish()) <= 1
+    again = start("saltray.predict", run, "--data", files / "data", "--out", alone).finish(1)
+    assert again.startswith("error:") and "already there" in again
+
+    # A folder that holds a run is not touched; resuming extends it.
+    before = (run / "study.db").read_bytes()
+    refused = start(*search_arguments(files, run, "--trials", "2")).finish(1)
+    assert f"--resume {run}" in refused
+    assert (run / "study.db").read_bytes() == before
+    start("saltray.tune", "--resume", run, "--trials", "3").finish()
+    study = search.load_study(run)
+    assert search.count(study) == search.Counts(3, 0, 0, 0)
+    assert len(json.loads((run / "run.json").read_text())["sessions"]) == 2
+
+
+def test_killed_in_the_middle_resume_finishes_without_repeating(
+    start: type[Program], files: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    program = start(*search_arguments(files, run, "--trials", "6", "--epochs", "4"))
+    wait_for_epochs(run, 10)
+    program.end()
+    ended = {t.number: t.datetime_complete for t in search.load_study(run).trials if t.state.is_finished()}
+    assert ended
+    start("saltray.tune", "--resume", run).finish()
+    trials = search.load_study(run).trials
+    assert search.count(search.load_study(run)).ended == 6 == len(trials)
+    assert all(trials[number].datetime_complete == moment for number, moment in ended.items())
+    assert all(
+        sorted(t.intermediate_values) == list(range(1, len(t.intermediate_values) + 1)) for t in trials
+    )
+    check_submission(run, files)
+
+
+def test_ctrl_c_once_still_writes_what_was_found(start: type[Program], files: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    program = start(*search_arguments(files, run, "--trials", "50", "--epochs", "40"))
+    wait_for_epochs(run, 2)
+    program.process.send_signal(signal.SIGINT)
+    told = program.finish()
+    assert f"--resume {run}" in told
+    assert search.count(search.load_study(run)).waiting > 0
+    check_submission(run, files)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "absent"], "no such folder"),
+        (["--trials", "0"], "at least 1"),
+        (["--space", "absent.py"], "no such file"),
+        (["--time-budget", "soon"], "not a duration"),
+        (["--gpus-per-trial", "512"], "512 GPUs); the cluster has"),
+        (["--resume", "absent"], "not the folder of a run"),
+    ],
+)
+def test_bad_input_is_told_and_leaves_nothing(
+    start: type[Program], files: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    given = search_arguments(files, tmp_path / "run") if "--resume" not in arguments else ["saltray.tune"]
+    told = start(*given, *arguments).finish(1)
+    assert told.splitlines()[-1].startswith("error:") and words in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_tiles_stop_the_search_before_it_starts_or_are_skipped(
+    start: type[Program], files: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    subprocess.run(["cp", "-r", files / "data", data], check=True)
+    broken = ["train000003", "train000007", "test000030"]
+    for name in broken:
+        (data / name[: len(name) - 6] / "images" / f"{name}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    arguments: list[str | Path] = [
+        "saltray.tune",
+        "--data",
+        data,
+        "--space",
+        files / "space.py",
+        "--out",
+        tmp_path / "run",
+    ]
+    told = start(*arguments).finish(1)
+    assert all(name in told for name in broken) and "--skip-bad" in told
+    assert not (tmp_path / "run").exists()
+    told = start(*arguments, "--skip-bad", "--trials", "1", "--epochs", "1").finish()
+    assert "3 bad tiles left out" in told
+    rows = pd.read_csv(tmp_path / "run" / "submission.csv", keep_default_na=False).set_index("id")
+    assert rows.loc["test000030", "rle_mask"] == ""
+
+
+def test_help_answers_without_loading_ray() -> None:
+    code = (
+        "import sys; import saltray.tune; sys.exit(any(m in sys.modules for m in ('ray', 'torch', 'pandas')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
