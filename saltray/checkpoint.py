@@ -43,7 +43,8 @@ def save(
     """
     # A copy in the plain memory layout: safetensors stores no strides.
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    safetensors.torch.save_file(plain, folder / WEIGHTS)
+    # Not save_file: it would make the file unreadable for all but its owner.
+    (folder / WEIGHTS).write_bytes(safetensors.torch.save(plain))
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
     if training is not None:

@@ -226,40 +226,34 @@ def _tell_end(
     best: optuna.trial.FrozenTrial,
     facts: dict[str, Any],
 ) -> None:
-    from rich.table import Table
-
     from saltray import search, submission
     from saltray.view import text
 
     counts = search.count(study)
     waiting = f", {counts.waiting} cut off" if counts.waiting else ""
-    table = Table.grid(padding=(0, 2))
-    table.add_row("best", f"[bold green]trial {best.number}[/]  {text(best.params)}")
-    table.add_row(
-        "validation mAP",
-        f"[bold]{search.score(best):.4f}[/] at probability 0.50, "
+    lines = {
+        "best": f"[bold green]trial {best.number}[/]  {text(best.params)}",
+        "validation mAP": f"[bold]{search.score(best):.4f}[/] at probability 0.50, "
         f"[bold]{facts['validation_map']:.4f}[/] at {facts['threshold']:.2f}, chosen on these tiles",
-    )
-    table.add_row(
-        "trials",
-        f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed{waiting}",
-    )
+        "trials": f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed{waiting}",
+    }
     truth = folder / "demo" / "truth.csv"
     if truth.is_file():
         hidden = submission.score(folder / "submission.csv", truth)
-        table.add_row(
-            "hidden test mAP",
-            f"[bold]{hidden:.4f}[/]; an all-empty submission {submission.empty_score(truth):.4f}",
-        )
-    table.add_row("submission", str(folder / "submission.csv"))
-    table.add_row("model", str(folder / "best"))
-    table.add_row("logs", str(folder / "logs"))
+        empty = submission.empty_score(truth)
+        lines["hidden test mAP"] = f"[bold]{hidden:.4f}[/]; an all-empty submission {empty:.4f}"
+    lines["submission"] = str(folder / "submission.csv")
+    lines["model"] = str(folder / "best")
+    lines["logs"] = str(folder / "logs")
     if counts.waiting:
-        table.add_row("go on", f"python -m saltray.tune --resume {folder}")
-    repeat = f"python -m saltray.tune --data {settings.data} --space {folder / 'space.py'}"
-    repeat += f" --trials {settings.trials} --epochs {settings.epochs} --seed {settings.seed}"
-    table.add_row("repeat", repeat)
-    console.print(table, soft_wrap=True)
+        lines["go on"] = f"python -m saltray.tune --resume {folder}"
+    lines["repeat"] = (
+        f"python -m saltray.tune --data {settings.data} --space {folder / 'space.py'} "
+        f"--trials {settings.trials} --epochs {settings.epochs} --seed {settings.seed}"
+    )
+    for name, value in lines.items():
+        # Soft-wrapped: paths and commands stay whole, to be copied.
+        console.print(f"[dim]{name:<16}[/]{value}", soft_wrap=True)
 
 
 if __name__ == "__main__":
