@@ -235,7 +235,8 @@ def _tell_end(
         "best": f"[bold green]trial {best.number}[/]  {text(best.params)}",
         "validation mAP": f"[bold]{search.score(best):.4f}[/] at probability 0.50, "
         f"[bold]{facts['validation_map']:.4f}[/] at {facts['threshold']:.2f}, chosen on these tiles",
-        "trials": f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed{waiting}",
+        "trials": f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed"
+        + waiting,
     }
     truth = folder / "demo" / "truth.csv"
     if truth.is_file():
