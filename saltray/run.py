@@ -114,7 +114,8 @@ def environment() -> dict[str, Any]:
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    program = f"python -m {__spec__.name.rpartition('.')[0]}.{Path(sys.argv[0]).stem}"
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # None where it is no `python -m`
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([program, *sys.argv[1:]]),

@@ -33,8 +33,9 @@ def duration(seconds: float) -> str:
 
 
 def text(parameters: dict[str, Any]) -> str:
-    """Write parameters in one line: `filters 16  learning_rate 0.00123`."""
-    return "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in parameters.items())
+    """Write parameters in one line, safe for rich: `filters 16  learning_rate 0.00123`."""
+    words = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in parameters.items())
+    return escape("  ".join(words))
 
 
 class LiveView(tune.Callback):
