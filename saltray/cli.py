@@ -1,6 +1,8 @@
 """What the command lines share."""
 
+import os
 import re
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,28 @@ def run_program(main: Callable[..., Any]) -> None:
         app()
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def prepare_to_join(address: str | None) -> None:
+    """Make a cluster's address usable; to be called before Ray is imported.
+
+    Ray starts its clusters with the token in `~/.ray/auth_token`, but shows it to an address only when
+    RAY_AUTH_MODE says so, which it reads when it is imported.
+
+    Raises:
+        UserError: nothing listens at the address; Ray itself would try for minutes.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        return
+    if (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(f"--address {address}: no Ray cluster there: {error}") from None
 
 
 def bundled_space(name: str) -> Path:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saltray.cli import located, run_program
+from saltray.cli import located, prepare_to_join, run_program
 from saltray.config import UserError
 
 
@@ -25,6 +25,7 @@ def main(
         raise UserError(f"{out}: already there; remove it or choose another --out")
     if threshold is not None and not 0 < threshold < 1:
         raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
+    prepare_to_join(address)
     from saltray import checkpoint, dataset, inference, run, submission
 
     folder = model / "best" if (model / "best").is_dir() else model

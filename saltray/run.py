@@ -158,7 +158,11 @@ def connect(address: str | None, cpus: int | None = None) -> str:
             runtime_env={"env_vars": env} if env else None,
         )
     except (ConnectionError, RaySystemError, ValueError) as error:
-        raise RunError(f"--address {address}: no Ray cluster there: {error}") from None
+        where = address or os.environ.get("RAY_ADDRESS", "this machine")
+        raise RunError(
+            f"no Ray cluster at {where}, or it wants another authentication token "
+            f"(RAY_AUTH_MODE, ~/.ray/auth_token): {error}"
+        ) from None
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = False
     # The order of the blocks, and so the shuffle, must not depend on which task ends first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from saltray.cli import bundled_space, located, parse_duration, run_program
+from saltray.cli import bundled_space, located, parse_duration, prepare_to_join, run_program
 from saltray.config import UserError
 
 # Heavy imports wait until they are needed, so that --help answers at once.
@@ -51,6 +52,7 @@ def main(
 
     Without any argument: a demonstration on synthetic tiles, in less than five minutes on two CPU cores.
     """
+    prepare_to_join(address)
     from saltray import run
 
     budget = parse_duration(time_budget)
@@ -248,13 +250,26 @@ def _tell_end(
     lines["logs"] = str(folder / "logs")
     if counts.waiting:
         lines["go on"] = f"python -m saltray.tune --resume {folder}"
-    lines["repeat"] = (
-        f"python -m saltray.tune --data {settings.data} --space {folder / 'space.py'} "
-        f"--trials {settings.trials} --epochs {settings.epochs} --seed {settings.seed}"
-    )
+    lines["repeat"] = f"python -m saltray.tune {_options(settings, folder / 'space.py')}"
     for name, value in lines.items():
         # Soft-wrapped: paths and commands stay whole, to be copied.
         console.print(f"[dim]{name:<16}[/]{value}", soft_wrap=True)
+
+
+def _options(settings: run.Settings, space: Path) -> str:
+    """Return the options that start a run with these settings."""
+    options = {"data": settings.data, "space": space, "trials": settings.trials, "epochs": settings.epochs}
+    options |= {"seed": settings.seed}
+    if settings.time_budget:
+        options |= {"time-budget": f"{settings.time_budget:g}s"}
+    if settings.workers_per_trial != 1:
+        options |= {"workers-per-trial": settings.workers_per_trial}
+    if settings.gpus_per_trial:
+        options |= {"gpus-per-trial": f"{settings.gpus_per_trial:g}"}
+    if settings.cpus_per_trial:
+        options |= {"cpus-per-trial": f"{settings.cpus_per_trial:g}"}
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
+    return " ".join(words + ["--skip-bad"] * settings.skip_bad)
 
 
 if __name__ == "__main__":

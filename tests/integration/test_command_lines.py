@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -175,6 +176,7 @@ def test_ctrl_c_once_still_writes_what_was_found(start: type[Program], files: Pa
         (["--space", "absent.py"], "no such file"),
         (["--time-budget", "soon"], "not a duration"),
         (["--gpus-per-trial", "512"], "512 GPUs); the cluster has"),
+        (["--address", "127.0.0.1:1"], "no Ray cluster there"),
         (["--resume", "absent"], "not the folder of a run"),
     ],
 )
@@ -212,6 +214,48 @@ def test_bad_tiles_stop_the_search_before_it_starts_or_are_skipped(
     assert "3 bad tiles left out" in told
     rows = pd.read_csv(tmp_path / "run" / "submission.csv", keep_default_na=False).set_index("id")
     assert rows.loc["test000030", "rle_mask"] == ""
+
+
+def test_joins_a_running_cluster(start: type[Program], files: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    ray = Path(sys.executable).with_name("ray")
+    options = f"--head --block --num-cpus=3 --port={port} --include-dashboard=false --dashboard-port=0"
+    head = subprocess.Popen(
+        [ray, "start", *options.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for_port(port)
+        arguments = search_arguments(files, tmp_path / "run", "--trials", "3", "--epochs", "1")
+        told = start(*arguments, "--address", f"127.0.0.1:{port}").finish()
+        assert "3 side by side" in told.replace("\n", "")
+        check_submission(tmp_path / "run", files)
+    finally:
+        head.terminate()  # Ray's own processes end with it
+        head.wait(60)
+
+
+def wait_for_port(port: int) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise AssertionError("the cluster does not start")
+
+
+def test_a_share_of_a_gpu_is_asked_for(
+    start: type[Program], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ray believes in a GPU that is not there; the trials find none and train on the CPU.
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4, "GPU": 1}')
+    arguments = search_arguments(files, tmp_path / "run", "--trials", "4", "--epochs", "1")
+    told = start(*arguments, "--gpus-per-trial", "0.25").finish()
+    assert "4 side by side" in told.replace("\n", "") and "0.25 GPUs" in told
+    assert "--gpus-per-trial 0.25" in told
+    check_submission(tmp_path / "run", files)
 
 
 def test_help_answers_without_loading_ray() -> None:
