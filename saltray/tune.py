@@ -107,7 +107,7 @@ def run_session(folder: Path, settings: run.Settings, address: str | None, *, re
         run.refuse_taken(folder)
         if settings.data == str(folder / "demo" / "data"):
             _make_demo(folder / "demo", settings.seed, console)
-    with run.quiet(None):
+    with console.status("starting Ray"), run.quiet(None):
         dashboard = run.connect(address)
     try:
         chosen = search.plan(
@@ -117,7 +117,7 @@ def run_session(folder: Path, settings: run.Settings, address: str | None, *, re
             cpus=settings.cpus_per_trial,
             gpus=settings.gpus_per_trial,
         )
-        with run.quiet(None):
+        with console.status("reading and checking the tiles"), run.quiet(None):
             data, left_out = _read(settings)
         if not resumed:
             run.create(folder, Path(settings.space))
