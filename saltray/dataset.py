@@ -7,6 +7,7 @@ lie on any file system that pyarrow reads (a local path, `s3://`, `gs://` ...).
 What is wrong with a single tile is collected, never raised on the way, so that one run names every bad tile.
 """
 
+import hashlib
 import io
 import re
 import struct
@@ -177,6 +178,14 @@ def stratified_folds(coverage: npt.ArrayLike, folds: int, seed: int) -> npt.NDAr
     for fold, (_, members) in enumerate(splitter.split(coverage, classes)):
         result[members] = fold
     return result
+
+
+def fingerprint(table: Table, fold: npt.NDArray[np.int64]) -> str:
+    """Return a hash of the labelled tiles' ids, masks and folds."""
+    lines = (
+        f"{i} {f} {code}\n" for i, f, code in zip(table.rows["id"], fold, table.rows["rle"], strict=True)
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def decode(table: Table) -> tuple[ray.data.Dataset, Problems]:

@@ -11,10 +11,12 @@ runs/NAME/
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -56,7 +58,7 @@ class Settings(BaseModel):
     time_budget: float | None = None
     workers_per_trial: int = 1
     cpus_per_trial: float | None = None
-    gpus_per_trial: float = 0
+    gpus_per_trial: float | None = None
     skip_bad: bool = False
 
 
@@ -64,7 +66,7 @@ def refuse_taken(folder: Path) -> None:
     """Raise a RunError where a new run's folder already holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(
-            f"{folder}: already there. To go on with that run: --resume {folder}; "
+            f"{folder}: already there. To go on with that run: --resume {shlex.quote(str(folder))}; "
             "to start a new one: another --out"
         )
 
@@ -75,12 +77,43 @@ def create(folder: Path, space: Path) -> None:
     (folder / "space.py").write_text(space.read_text())
 
 
-def write_settings(folder: Path, settings: Settings) -> None:
-    """Write `run.json`, adding this session to those before it."""
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for one session; the lock goes with its process, however that ends.
+
+    Raises:
+        RunError: another session is running.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder}: another session of this run is under way") from None
+        yield
+
+
+def write_settings(folder: Path, settings: Settings, tiles: str) -> None:
+    """Write `run.json`, adding this session to those before it.
+
+    Args:
+        folder: the run's.
+        settings: of this session.
+        tiles: fingerprint of the labelled tiles and their split.
+
+    Raises:
+        RunError: an earlier session had other tiles, or another split of them.
+    """
     file = folder / "run.json"
-    sessions = json.loads(file.read_text())["sessions"] if file.exists() else []
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if known.get("tiles", tiles) != tiles:
+        raise RunError(
+            f"{settings.data}: these are not the labelled tiles, or not the split, that {folder} began with; "
+            "scores would not compare. Start a new run with another --out"
+        )
+    sessions = known.get("sessions", [])
     content = {
         "format": FORMAT,
+        "tiles": tiles,
         "settings": settings.model_dump(),
         "sessions": [*sessions, environment()],
     }
@@ -223,24 +256,26 @@ def quiet(log: Path | None) -> Iterator[None]:
         yield
 
 
-def export_best(folder: Path, checkpoint_path: str, facts: dict[str, Any]) -> Path:
-    """Copy the best checkpoint to `best/`, without its training state, and add facts to its metrics.
-
-    Returns:
-        The folder; a `best/` of an earlier session is replaced, and never half-written.
-    """
-    best, fresh = folder / "best", folder / "best.new"
+def stage_best(folder: Path, checkpoint_path: str, facts: dict[str, Any]) -> Path:
+    """Copy the best checkpoint to `best.new/`, without its training state, and add facts to its metrics."""
+    fresh = folder / "best.new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     with Checkpoint(checkpoint_path).as_directory() as name:
         source = Path(name)
-        known = checkpoint.load_metrics(source)
-        checkpoint.save(fresh, checkpoint.load_weights(source), checkpoint.load_config(source), known | facts)
+        weights, config = checkpoint.load_weights(source), checkpoint.load_config(source)
+        checkpoint.save(fresh, weights, config, checkpoint.load_metrics(source) | facts)
+    return fresh
+
+
+def add_metrics(model: Path, facts: dict[str, Any]) -> None:
+    """Add facts to a checkpoint's metrics."""
+    known = checkpoint.load_metrics(model)
+    (model / checkpoint.METRICS).write_text(json.dumps(known | facts, indent=2) + "\n")
+
+
+def publish_best(fresh: Path) -> Path:
+    """Make `best.new/` the run's `best/`, in place of an earlier session's."""
+    best = fresh.with_name("best")
     shutil.rmtree(best, ignore_errors=True)
     return fresh.rename(best)
-
-
-def add_metrics(best: Path, facts: dict[str, Any]) -> None:
-    """Add facts to a checkpoint's metrics."""
-    known = checkpoint.load_metrics(best)
-    (best / checkpoint.METRICS).write_text(json.dumps(known | facts, indent=2) + "\n")

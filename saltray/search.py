@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
+from sqlalchemy import URL
 
 from saltray.config import UserError
 from saltray.space import Space
@@ -53,7 +54,7 @@ def plan(
     trials: int,
     workers: int = 1,
     cpus: float | None = None,
-    gpus: float = 0,
+    gpus: float | None = None,
 ) -> Plan:
     """Compute the concurrency from the machines, with room for Ray Data.
 
@@ -64,11 +65,13 @@ def plan(
         trials: number of trials to run.
         workers: workers a trial.
         cpus: CPUs of a worker. By default 1, or more where fewer trials than CPUs are wanted.
-        gpus: GPUs of a worker: 0, a fraction 1/n, or a whole number.
+        gpus: GPUs of a worker: 0, a fraction 1/n, or a whole number. By default 1 where there are any.
 
     Raises:
         SearchError: not even one trial fits; the message has the numbers.
     """
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
     fraction = 1 / gpus if 0 < gpus < 1 else 1.0
     if trials < 1 or workers < 1 or gpus < 0 or (cpus is not None and cpus <= 0):
         raise SearchError(
@@ -117,7 +120,9 @@ class StudySearch(OptunaSearch):
     suggestion is seeded by its trial's number, so a resumed study proposes what an uninterrupted one would.
     """
 
-    def __init__(self, space: Space, storage: RDBStorage, *, epochs: int, seed: int, parallel: bool) -> None:
+    def __init__(
+        self, space: Space, storage: RDBStorage, *, epochs: int, seed: int, parallel: bool, workers: int = 1
+    ) -> None:
         """Open or create the study.
 
         Args:
@@ -126,6 +131,7 @@ class StudySearch(OptunaSearch):
             epochs: of a full trial.
             seed: of the sampler and of every trial.
             parallel: whether trials run side by side.
+            workers: of a trial, that share its batch.
         """
         # The study must exist before OptunaSearch loads it: Optuna sets its direction only once.
         super().__init__(
@@ -133,6 +139,7 @@ class StudySearch(OptunaSearch):
             sampler=make_sampler(seed, 0, parallel),
         )  # fmt: skip
         self._saltray_space, self._epochs, self._base_seed, self._parallel = space, epochs, seed, parallel
+        self._workers = workers
         self._reported: dict[str, set[int]] = {}
 
     @property
@@ -149,11 +156,16 @@ class StudySearch(OptunaSearch):
         trial = self.study.ask()
         self._ot_trials[trial_id] = trial
         self._reported[trial_id] = set(self.study.trials[trial.number].intermediate_values)
-        config = self._saltray_space.config(trial, self._epochs, self._base_seed)
+        try:
+            config = self._saltray_space.config(trial, self._epochs, self._base_seed, self._workers)
+        except Exception as error:
+            # Told, or a resumed search would ask it first and fall over it again.
+            self.record_failure(trial_id, f"{type(error).__name__}: {error}")
+            raise
         return {
             "number": trial.number,
             "config": config.to_dict(),
-            "resume": trial.user_attrs.get("checkpoint"),
+            "resume": checkpoint_of(trial),
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -299,9 +311,19 @@ def open_storage(folder: Path) -> RDBStorage:
     """
     file = folder / "study.db"
     try:
-        return RDBStorage(f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 60}})
+        # Made, not written: a path may hold what means something in a URL.
+        url = URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
+        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
     except Exception as error:
         raise SearchError(f"{file}: not a readable Optuna study: {error}") from error
+
+
+def create_study(folder: Path) -> optuna.Study:
+    """Open the run's study; it is created when absent. Raises SearchError."""
+    storage = open_storage(folder)
+    return optuna.create_study(
+        storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
+    )
 
 
 def load_study(folder: Path) -> optuna.Study:
@@ -330,13 +352,21 @@ def score(trial: FrozenTrial) -> float:
     return max(trial.intermediate_values.values(), default=-1.0)
 
 
+def checkpoint_of(trial: FrozenTrial | optuna.Trial) -> str | None:
+    """Return where a trial's newest checkpoint lies; None where there is none, or no longer."""
+    path: str | None = trial.user_attrs.get("checkpoint")
+    if path is None or "://" in path:
+        return path
+    return path if Path(path).is_dir() else None
+
+
 def best_trial(study: optuna.Study) -> FrozenTrial:
     """Return the trial with the best checkpoint, whatever became of it.
 
     Raises:
         SearchError: no trial has one.
     """
-    usable = [t for t in study.trials if "checkpoint" in t.user_attrs and t.intermediate_values]
+    usable = [t for t in study.trials if t.intermediate_values and checkpoint_of(t)]
     if not usable:
         reasons = {t.user_attrs["reason"] for t in study.trials if "reason" in t.user_attrs}
         raise SearchError(f"no trial reached the end of an epoch. {'; '.join(sorted(reasons))}".rstrip())
@@ -378,7 +408,8 @@ def run_search(
         The study.
     """
     storage = open_storage(folder)
-    searcher = StudySearch(space, storage, epochs=epochs, seed=seed, parallel=chosen.concurrency > 1)
+    workers, parallel = chosen.resources.workers, chosen.concurrency > 1
+    searcher = StudySearch(space, storage, epochs=epochs, seed=seed, parallel=parallel, workers=workers)
     study = searcher.study
     requeue(storage, study)
     if not study.get_trials(deepcopy=False) and space.first is not None:

@@ -26,8 +26,8 @@ class Space:
     first: dict[str, Any] | None
     path: Path
 
-    def config(self, trial: optuna.trial.BaseTrial, epochs: int, seed: int) -> TrialConfig:
-        """Draw and validate one trial's configuration.
+    def config(self, trial: optuna.trial.BaseTrial, epochs: int, seed: int, workers: int = 1) -> TrialConfig:
+        """Draw and validate one trial's configuration, whose batch so many workers share.
 
         Raises:
             SpaceError: the space's answer is no valid configuration.
@@ -39,9 +39,15 @@ class Space:
             if name in values:
                 raise SpaceError(f"{self.path}: '{name}' belongs to the command line (--{name})")
         try:
-            return TrialConfig.from_dict({**values, "epochs": epochs, "seed": seed})
+            config = TrialConfig.from_dict({**values, "epochs": epochs, "seed": seed})
         except UserError as error:
             raise SpaceError(f"{self.path}: {error}") from None
+        if config.batch_size % workers:
+            raise SpaceError(
+                f"{self.path}: batch_size {config.batch_size} cannot be shared by {workers} workers; "
+                "draw multiples of --workers-per-trial"
+            )
+        return config
 
 
 def load(path: Path) -> Space:
@@ -83,7 +89,7 @@ def check(space: Space, *, epochs: int, seed: int, workers: int, samples: int = 
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # a first value outside its range is only warned of
-                config = space.config(trial, epochs, seed)
+                config = space.config(trial, epochs, seed, workers)
                 with torch.device("meta"):
                     build_model(config.model)
         except SpaceError:
@@ -91,10 +97,5 @@ def check(space: Space, *, epochs: int, seed: int, workers: int, samples: int = 
         except Exception as error:
             what = "FIRST" if isinstance(trial, optuna.trial.FixedTrial) else "space(trial)"
             raise SpaceError(f"{space.path}: {what}: {type(error).__name__}: {error}") from error
-        if config.batch_size % workers:
-            raise SpaceError(
-                f"{space.path}: batch_size {config.batch_size} cannot be shared by {workers} workers; "
-                "draw multiples of --workers-per-trial"
-            )
         configs.append(config)
     return configs

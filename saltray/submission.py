@@ -17,7 +17,9 @@ class SubmissionError(UserError):
 def write(path: Path, ids: list[str], codes: dict[str, str]) -> None:
     """Write a submission with the given ids in their order; an id without a code gets an empty mask."""
     table = pd.DataFrame({"id": ids, "rle_mask": [codes.get(i, "") for i in ids]})
-    table.to_csv(path, index=False, lineterminator="\n")
+    temporary = path.with_name(path.name + ".tmp")
+    table.to_csv(temporary, index=False, lineterminator="\n")
+    temporary.replace(path)
 
 
 def read(path: Path) -> pd.Series:

@@ -76,7 +76,11 @@ def fit(
     best_weights: dict[str, Tensor] = {}
     if resume is not None:
         if not (resume / checkpoint.TRAINING).exists():
-            return  # it died between its last report and its end
+            # It was cut off between its last report and its end: the report may not have arrived.
+            history = checkpoint.load_metrics(resume)["history"]
+            last = {"epoch": len(history), "map": history[-1], "best_map": max(history), "finished": True}
+            report(last, None)
+            return
         state = checkpoint.load_training(resume)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

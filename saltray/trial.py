@@ -57,7 +57,9 @@ class Tiles:
         """Share materialized datasets among the workers of a trial."""
         if workers == 1:
             return cls([training], [validation])
-        return cls(list(training.split(workers, equal=True)), list(validation.split(workers)))
+        count = validation.count()
+        cuts = [count * i // workers for i in range(1, workers)]
+        return cls(list(training.split(workers, equal=True)), list(validation.split_at_indices(cuts)))
 
 
 def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources, storage: str) -> None:
@@ -89,14 +91,17 @@ def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources,
             storage_path=storage,
             callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call, list-item]
             failure_config=train.FailureConfig(max_failures=WORKER_FAILURES),
-            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+            # Reports wait in two queues before the study names their checkpoint.
+            checkpoint_config=train.CheckpointConfig(num_to_keep=4),
         ),
     ).fit()
 
 
-def _device(alone: bool) -> torch.device:
-    """Return this worker's device; Tune's actor sees no GPU but its own."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if alone else get_device()
+def _device(resources: WorkerResources) -> torch.device:
+    """Return this worker's device; without a GPU of its own it sees all of them, and must not take one."""
+    if not resources.gpus or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda") if resources.workers == 1 else get_device()
 
 
 def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources) -> None:
@@ -134,7 +139,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
                 training_batches,
                 validation_batches,
                 report,
-                device=_device(alone),
+                device=_device(resources),
                 resume=Path(folder) if folder else None,
             )
         except training.Diverged as error:

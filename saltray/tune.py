@@ -37,15 +37,21 @@ def main(
     time_budget: Annotated[str | None, typer.Option(help="When to stop searching: 90s, 30m, 1h30m.")] = None,
     out: Annotated[Path | None, typer.Option(help="The new run's folder. [runs/SPACE-TIME]")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with this run; --trials and --time-budget may change.")
+        Path | None, typer.Option(help="Go on with this run; trials, budget and resources may change.")
     ] = None,
-    workers_per_trial: Annotated[int, typer.Option(help="Data-parallel workers of a trial.")] = 1,
-    gpus_per_trial: Annotated[float, typer.Option(help="GPUs of each worker: 0, 0.25, 0.5, 1 ...")] = 0,
+    workers_per_trial: Annotated[
+        int | None, typer.Option(help="Data-parallel workers of a trial. [1]")
+    ] = None,
+    gpus_per_trial: Annotated[
+        float | None, typer.Option(help="GPUs of each worker: 0, 0.25, 0.5, 1 ... [1 where there are any]")
+    ] = None,
     cpus_per_trial: Annotated[float | None, typer.Option(help="CPUs of each worker. [computed]")] = None,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster to join: auto, or its address.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split, the sampler and every trial.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the split, the sampler and every trial. [0]")
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad tiles out.")] = False,
 ) -> None:
     """Search for the best salt-segmentation model, and write the submission with it.
@@ -57,11 +63,19 @@ def main(
 
     budget = parse_duration(time_budget)
     if resume is not None:
-        if data or space or out or epochs:
-            raise UserError("--resume takes the data, space, epochs and seed from the run: leave them out")
-        settings = run.read_settings(resume)
-        changes = {"trials": settings.trials if trials is None else trials, "time_budget": budget}
-        run_session(resume.resolve(), settings.model_copy(update=changes), address, resumed=True)
+        fixed = {"data": data, "space": space, "out": out, "epochs": epochs, "seed": seed}
+        given = [name for name, value in {**fixed, "skip-bad": skip_bad or None}.items() if value is not None]
+        if given:
+            raise UserError(f"--{given[0]}: a resumed run keeps its own; leave it out")
+        asked: dict[str, Any] = {
+            "trials": trials,
+            "workers_per_trial": workers_per_trial,
+            "cpus_per_trial": cpus_per_trial,
+            "gpus_per_trial": gpus_per_trial,
+        }
+        changes = {k: v for k, v in asked.items() if v is not None} | {"time_budget": budget}
+        settings = run.read_settings(resume).model_copy(update=changes)
+        run_session(resume.resolve(), settings, address, resumed=True)
         return
     standard = DEFAULTS if data else DEMO
     space = space or bundled_space("unet" if data else "demo")
@@ -71,9 +85,9 @@ def main(
         space=str(space.resolve()),
         trials=standard["trials"] if trials is None else trials,
         epochs=standard["epochs"] if epochs is None else epochs,
-        seed=seed,
+        seed=0 if seed is None else seed,
         time_budget=budget,
-        workers_per_trial=workers_per_trial,
+        workers_per_trial=1 if workers_per_trial is None else workers_per_trial,
         cpus_per_trial=cpus_per_trial,
         gpus_per_trial=gpus_per_trial,
         skip_bad=skip_bad,
@@ -82,12 +96,13 @@ def main(
 
 
 class Data(NamedTuple):
-    """The decoded tiles, and the submission's ids in their order."""
+    """The decoded tiles, the submission's ids in their order, and a hash of the labels and the split."""
 
     training: ray.data.Dataset
     validation: ray.data.Dataset
     test: ray.data.Dataset
     ids: list[str]
+    fingerprint: str
 
 
 def run_session(folder: Path, settings: run.Settings, address: str | None, *, resumed: bool) -> None:
@@ -105,8 +120,6 @@ def run_session(folder: Path, settings: run.Settings, address: str | None, *, re
         spaces.check(space, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial)
     if not resumed:
         run.refuse_taken(folder)
-        if settings.data == str(folder / "demo" / "data"):
-            _make_demo(folder / "demo", settings.seed, console)
     with console.status("starting Ray"), run.quiet(None):
         dashboard = run.connect(address)
     try:
@@ -117,16 +130,19 @@ def run_session(folder: Path, settings: run.Settings, address: str | None, *, re
             cpus=settings.cpus_per_trial,
             gpus=settings.gpus_per_trial,
         )
+        if not resumed and settings.data == str(folder / "demo" / "data"):
+            _make_demo(folder / "demo", settings.seed, console)
         with console.status("reading and checking the tiles"), run.quiet(None):
             data, left_out = _read(settings)
         if not resumed:
             run.create(folder, Path(settings.space))
-        run.write_settings(folder, settings)
-        _tell_start(console, data, left_out, settings, chosen, dashboard)
-        study = _search(folder, settings, space, chosen, data, console)
-        with console.status("predicting"), run.quiet(folder / "logs" / "predict.log"):
-            best = search.best_trial(study)
-            facts = _predict(folder, best, data)
+        with run.locked(folder):
+            run.write_settings(folder, settings, data.fingerprint)
+            _tell_start(console, data, left_out, settings, chosen, dashboard)
+            study = _search(folder, settings, space, chosen, data, console)
+            with console.status("predicting"), run.quiet(folder / "logs" / "predict.log"):
+                best = search.best_trial(study)
+                facts = _predict(folder, best, data)
         _tell_end(console, folder, settings, study, best, facts)
     finally:
         run.disconnect()
@@ -153,7 +169,8 @@ def _read(settings: run.Settings) -> tuple[Data, dict[str, str]]:
         problems |= bad
     if not settings.skip_bad:
         dataset.refuse(problems, settings.data)
-    return Data(parts[0], parts[1], parts[2], dataset.submission_ids(folder)), problems
+    fingerprint = dataset.fingerprint(train, fold)
+    return Data(parts[0], parts[1], parts[2], dataset.submission_ids(folder), fingerprint), problems
 
 
 def _search(
@@ -168,6 +185,8 @@ def _search(
     from saltray.trial import Tiles
     from saltray.view import LiveView
 
+    with run.quiet(folder / "logs" / "search.log"):
+        search.create_study(folder)  # before the view looks for it
     view = LiveView(
         console, folder, trials=settings.trials, epochs=settings.epochs, time_budget=settings.time_budget
     )
@@ -189,11 +208,12 @@ def _predict(folder: Path, best: optuna.trial.FrozenTrial, data: Data) -> dict[s
     """Choose the threshold, write the best model and the submission; return what is known of it."""
     from saltray import inference, run, submission
 
-    model = run.export_best(folder, best.user_attrs["checkpoint"], {"trial": best.number})
+    model = run.stage_best(folder, best.user_attrs["checkpoint"], {"trial": best.number})
     threshold, scores = inference.calibrate(model, data.validation)
     facts = {"threshold": threshold, "validation_map": scores[f"{threshold:.2f}"], "scores": scores}
     run.add_metrics(model, facts)
     codes = inference.segment(model, data.test, threshold)
+    run.publish_best(model)
     submission.write(folder / "submission.csv", data.ids, codes)
     return facts
 
@@ -228,6 +248,8 @@ def _tell_end(
     best: optuna.trial.FrozenTrial,
     facts: dict[str, Any],
 ) -> None:
+    from rich.markup import escape
+
     from saltray import search, submission
     from saltray.view import text
 
@@ -245,12 +267,12 @@ def _tell_end(
         hidden = submission.score(folder / "submission.csv", truth)
         empty = submission.empty_score(truth)
         lines["hidden test mAP"] = f"[bold]{hidden:.4f}[/]; an all-empty submission {empty:.4f}"
-    lines["submission"] = str(folder / "submission.csv")
-    lines["model"] = str(folder / "best")
-    lines["logs"] = str(folder / "logs")
+    lines["submission"] = escape(str(folder / "submission.csv"))
+    lines["model"] = escape(str(folder / "best"))
+    lines["logs"] = escape(str(folder / "logs"))
     if counts.waiting:
-        lines["go on"] = f"python -m saltray.tune --resume {folder}"
-    lines["repeat"] = f"python -m saltray.tune {_options(settings, folder / 'space.py')}"
+        lines["go on"] = f"python -m saltray.tune --resume {shlex.quote(str(folder))}"
+    lines["repeat"] = f"python -m saltray.tune {escape(_options(settings, folder / 'space.py'))}"
     for name, value in lines.items():
         # Soft-wrapped: paths and commands stay whole, to be copied.
         console.print(f"[dim]{name:<16}[/]{value}", soft_wrap=True)
@@ -264,7 +286,7 @@ def _options(settings: run.Settings, space: Path) -> str:
         options |= {"time-budget": f"{settings.time_budget:g}s"}
     if settings.workers_per_trial != 1:
         options |= {"workers-per-trial": settings.workers_per_trial}
-    if settings.gpus_per_trial:
+    if settings.gpus_per_trial is not None:
         options |= {"gpus-per-trial": f"{settings.gpus_per_trial:g}"}
     if settings.cpus_per_trial:
         options |= {"cpus-per-trial": f"{settings.cpus_per_trial:g}"}

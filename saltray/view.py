@@ -96,9 +96,10 @@ class LiveView(tune.Callback):
 
     def _known(self) -> list[FrozenTrial]:
         if self._study is None:
-            if not (self._folder / "study.db").exists():
-                return []
-            self._study = search.load_study(self._folder)
+            try:
+                self._study = search.load_study(self._folder)
+            except search.SearchError:
+                return []  # not yet made
         return self._study.get_trials(deepcopy=False)
 
     def _tell(self) -> None:

@@ -132,6 +132,7 @@ def test_search_predict_score_extend(start: type[Program], files: Path, tmp_path
     refused = start(*search_arguments(files, run, "--trials", "2")).finish(1)
     assert f"--resume {run}" in refused
     assert (run / "study.db").read_bytes() == before
+    assert "keeps its own" in start("saltray.tune", "--resume", run, "--epochs", "9").finish(1)
     start("saltray.tune", "--resume", run, "--trials", "3").finish()
     study = search.load_study(run)
     assert search.count(study) == search.Counts(3, 0, 0, 0)

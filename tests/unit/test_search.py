@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from saltray import search
 from saltray.search import SearchError, plan
-from saltray.space import Space
+from saltray.space import Space, SpaceError
 
 
 class TestPlan:
@@ -33,6 +33,11 @@ class TestPlan:
         assert plan(nodes, trials=99, gpus=1).concurrency == 3
         assert plan(nodes, trials=99, gpus=2).concurrency == 1
         assert plan([{"CPU": 2, "GPU": 1}], trials=99, gpus=0.25).concurrency == 2  # the CPUs bound it
+
+    def test_gpus_are_taken_where_there_are_any(self) -> None:
+        assert plan([{"CPU": 4, "GPU": 2}], trials=9).resources.gpus == 1
+        assert plan([{"CPU": 4, "GPU": 2}], trials=9, gpus=0).resources.gpus == 0
+        assert plan([{"CPU": 4}], trials=9).resources.gpus == 0
 
     def test_workers_may_lie_on_several_machines(self) -> None:
         assert plan([{"CPU": 2}, {"CPU": 1}], trials=9, workers=3, cpus=1).concurrency == 1
@@ -141,12 +146,12 @@ class TestStudySearch:
         before = open_search(folder)
         first = before.suggest("a")
         before.on_trial_result("a", result(1, 0.3))
-        before.record_checkpoint("a", "/somewhere/checkpoint_000000")
+        before.record_checkpoint("a", str(folder))
         del before
         after = open_search(folder)
         search.requeue(search.open_storage(folder), after.study)
         again = after.suggest("x")
-        assert again == {**first, "resume": "/somewhere/checkpoint_000000"}
+        assert again == {**first, "resume": str(folder)}
         assert after.suggest("y")["number"] == 1
         after.on_trial_result("x", result(2, 0.5))
         assert after.study.trials[0].intermediate_values == {1: 0.3, 2: 0.5}
@@ -181,9 +186,31 @@ class TestStudySearch:
         for name, best in (("a", 0.5), ("b", 0.9), ("c", 0.6)):
             searcher.suggest(name)
             if name != "b":
-                searcher.record_checkpoint(name, name)
+                searcher.record_checkpoint(name, str(folder))
             searcher.on_trial_complete(name, result(3, best, finished=name == "a"))
         assert search.best_trial(searcher.study).number == 2
+
+    def test_a_checkpoint_that_is_gone_is_not_named(self, folder: Path) -> None:
+        searcher = open_search(folder)
+        searcher.suggest("a")
+        searcher.on_trial_result("a", result(1, 0.3))
+        searcher.record_checkpoint("a", str(folder / "gone"))
+        with pytest.raises(SearchError, match="no trial"):
+            search.best_trial(searcher.study)
+        search.requeue(search.open_storage(folder), searcher.study)
+        assert open_search(folder).suggest("x")["resume"] is None
+
+    def test_a_bad_draw_fails_its_trial_and_does_not_come_back(self, folder: Path) -> None:
+        def sometimes(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+            return {"batch_size": 0 if trial.number == 0 else 8}
+
+        storage = search.open_storage(folder)
+        space = Space(sometimes, None, Path("space.py"))
+        searcher = search.StudySearch(space, storage, epochs=1, seed=0, parallel=False)
+        with pytest.raises(SpaceError, match="batch_size"):
+            searcher.suggest("a")
+        assert searcher.study.trials[0].state == TrialState.FAIL
+        assert searcher.suggest("b")["number"] == 1
 
     def test_no_usable_trial_is_told_with_the_reasons(self, folder: Path) -> None:
         searcher = open_search(folder)

@@ -116,12 +116,19 @@ def test_resumed_trial_goes_on_as_an_uninterrupted_one(tmp_path: Path, stop_afte
         assert torch.equal(tensor, checkpoint.load_weights(tmp_path / "r" / "4")[name])
 
 
-def test_a_finished_checkpoint_is_not_trained_on(tmp_path: Path) -> None:
-    whole, again = Recorder(tmp_path / "w"), Recorder(tmp_path / "a")
+def test_a_finished_checkpoint_is_told_again_and_not_trained_on(tmp_path: Path) -> None:
+    whole = Recorder(tmp_path / "w")
     fit(CONFIG, whole)
     assert not (tmp_path / "w" / "4" / checkpoint.TRAINING).exists()
-    fit(CONFIG, again, resume=tmp_path / "w" / "4")
-    assert again.reports == []
+    told: list[dict[str, Any]] = []
+
+    def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        assert folder is None
+        told.append(metrics)
+
+    training.fit(CONFIG, lambda _: [], lambda: [], report, device=CPU, resume=tmp_path / "w" / "4")
+    last = whole.reports[-1]
+    assert told == [{k: last[k] for k in ("epoch", "map", "best_map", "finished")}]
 
 
 def test_stops_early_when_the_score_stays(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from saltray import run
+from saltray.run import RunError, Settings
+
+SETTINGS = Settings(data="DIR", space="space.py", trials=3, epochs=2, seed=0)
+
+
+def test_settings_come_back_and_sessions_add_up(tmp_path: Path) -> None:
+    run.write_settings(tmp_path, SETTINGS, "abc")
+    more = SETTINGS.model_copy(update={"trials": 5})
+    run.write_settings(tmp_path, more, "abc")
+    assert run.read_settings(tmp_path) == more
+    sessions = json.loads((tmp_path / "run.json").read_text())["sessions"]
+    assert len(sessions) == 2
+    assert sessions[0]["versions"]["torch"]
+
+
+def test_other_tiles_are_refused(tmp_path: Path) -> None:
+    run.write_settings(tmp_path, SETTINGS, "abc")
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(RunError, match="not the labelled tiles"):
+        run.write_settings(tmp_path, SETTINGS, "xyz")
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"format": 1}', "damaged"),
+        ('{"format": 1, "settings": {"data": 3}}', "damaged"),
+        ('{"format": 99, "settings": {}}', "newer saltray"),
+    ],
+)
+def test_a_bad_run_file_is_refused_and_left(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RunError, match=words):
+        run.read_settings(tmp_path)
+    assert (tmp_path / "run.json").read_text() == text
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not the folder of a run"):
+        run.read_settings(tmp_path)
+
+
+def test_one_session_at_a_time(tmp_path: Path) -> None:
+    with run.locked(tmp_path), pytest.raises(RunError, match="under way"), run.locked(tmp_path):
+        pass
+    with run.locked(tmp_path):
+        pass
+
+
+def test_a_taken_folder_is_refused(tmp_path: Path) -> None:
+    run.refuse_taken(tmp_path / "new")
+    run.refuse_taken(tmp_path)  # empty
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="--resume"):
+        run.refuse_taken(tmp_path)
