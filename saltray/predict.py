@@ -15,7 +15,7 @@ def main(
     data: Annotated[str, typer.Option(help="The contest's folder, a path or URI.")],
     out: Annotated[Path, typer.Option(help="The submission to write.")],
     threshold: Annotated[
-        float | None, typer.Option(help="On the probability of salt. [chosen on validation]")
+        float | None, typer.Option(help="On the probability of salt. Default: chosen on validation.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster to join.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Give bad tiles empty masks.")] = False,

@@ -32,25 +32,28 @@ def main(
         str | None, typer.Option(help="The contest's folder, a path or URI. Without it: synthetic tiles.")
     ] = None,
     space: Annotated[Path | None, typer.Option(help="Python file of the search space; it is run.")] = None,
-    trials: Annotated[int | None, typer.Option(help="Trials to bring to an end. [20]")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of a full trial. [50]")] = None,
+    trials: Annotated[int | None, typer.Option(help="Trials to bring to an end. Default: 20.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of a full trial. Default: 50.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="When to stop searching: 90s, 30m, 1h30m.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The new run's folder. [runs/SPACE-TIME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The new run's folder. Default: runs/SPACE-TIME.")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this run; trials, budget and resources may change.")
     ] = None,
     workers_per_trial: Annotated[
-        int | None, typer.Option(help="Data-parallel workers of a trial. [1]")
+        int | None, typer.Option(help="Data-parallel workers of a trial. Default: 1.")
     ] = None,
     gpus_per_trial: Annotated[
-        float | None, typer.Option(help="GPUs of each worker: 0, 0.25, 0.5, 1 ... [1 where there are any]")
+        float | None,
+        typer.Option(help="GPUs of each worker: 0, 0.25, 0.5, 1 ... Default: 1 where there are any."),
     ] = None,
-    cpus_per_trial: Annotated[float | None, typer.Option(help="CPUs of each worker. [computed]")] = None,
+    cpus_per_trial: Annotated[
+        float | None, typer.Option(help="CPUs of each worker. Default: computed.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster to join: auto, or its address.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the split, the sampler and every trial. [0]")
+        int | None, typer.Option(min=0, help="Of the split, the sampler and every trial. Default: 0.")
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad tiles out.")] = False,
 ) -> None:
