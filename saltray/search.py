@@ -32,6 +32,9 @@ GRACE_EPOCHS = 3
 REDUCTION = 3
 """ASHA (Li et al. 2020, arXiv:1810.05934): at 3, 9, 27 .. epochs the best third goes on."""
 
+BAD_DRAWS = 20
+"""How many draws in a row a space may fail at."""
+
 RETRIES = 3
 """How often a trial whose process died starts again from its last epoch."""
 
@@ -149,24 +152,27 @@ class StudySearch(OptunaSearch):
         return study
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Ask for the next trial's spec (`saltray.trial.run_trial`)."""
-        self.study.sampler = make_sampler(
-            self._base_seed, len(self.study.get_trials(deepcopy=False)), self._parallel
-        )
-        trial = self.study.ask()
-        self._ot_trials[trial_id] = trial
-        self._reported[trial_id] = set(self.study.trials[trial.number].intermediate_values)
-        try:
-            config = self._saltray_space.config(trial, self._epochs, self._base_seed, self._workers)
-        except Exception as error:
-            # Told, or a resumed search would ask it first and fall over it again.
-            self.record_failure(trial_id, f"{type(error).__name__}: {error}")
-            raise
-        return {
-            "number": trial.number,
-            "config": config.to_dict(),
-            "resume": checkpoint_of(trial),
-        }
+        """Ask for the next trial's spec (`saltray.trial.run_trial`).
+
+        A draw that the space fails at is told as a failed trial, and the next is asked.
+
+        Raises:
+            SearchError: the space failed at `BAD_DRAWS` draws in a row.
+        """
+        for _ in range(BAD_DRAWS):
+            number = len(self.study.get_trials(deepcopy=False))
+            self.study.sampler = make_sampler(self._base_seed, number, self._parallel)
+            trial = self.study.ask()
+            self._ot_trials[trial_id] = trial
+            try:
+                config = self._saltray_space.config(trial, self._epochs, self._base_seed, self._workers)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                self.record_failure(trial_id, reason)
+                continue
+            self._reported[trial_id] = set(self.study.trials[trial.number].intermediate_values)
+            return {"number": trial.number, "config": config.to_dict(), "resume": checkpoint_of(trial)}
+        raise SearchError(f"{BAD_DRAWS} draws in a row failed, the last with {reason}")
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record an epoch."""

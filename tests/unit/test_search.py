@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from saltray import search
 from saltray.search import SearchError, plan
-from saltray.space import Space, SpaceError
+from saltray.space import Space
 
 
 class TestPlan:
@@ -200,17 +200,20 @@ class TestStudySearch:
         search.requeue(search.open_storage(folder), searcher.study)
         assert open_search(folder).suggest("x")["resume"] is None
 
-    def test_a_bad_draw_fails_its_trial_and_does_not_come_back(self, folder: Path) -> None:
+    def test_a_bad_draw_fails_its_trial_and_the_next_is_asked(self, folder: Path) -> None:
         def sometimes(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
-            return {"batch_size": 0 if trial.number == 0 else 8}
+            return {"batch_size": 0 if trial.number < bad else 8}
 
+        bad = 1
         storage = search.open_storage(folder)
         space = Space(sometimes, None, Path("space.py"))
         searcher = search.StudySearch(space, storage, epochs=1, seed=0, parallel=False)
-        with pytest.raises(SpaceError, match="batch_size"):
-            searcher.suggest("a")
+        assert searcher.suggest("a")["number"] == 1
         assert searcher.study.trials[0].state == TrialState.FAIL
-        assert searcher.suggest("b")["number"] == 1
+        assert "batch_size" in searcher.study.trials[0].user_attrs["reason"]
+        bad = 1000
+        with pytest.raises(SearchError, match="20 draws in a row"):
+            searcher.suggest("b")
 
     def test_no_usable_trial_is_told_with_the_reasons(self, folder: Path) -> None:
         searcher = open_search(folder)
