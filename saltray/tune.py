@@ -237,7 +237,8 @@ def _tell_start(
         f"[bold]{data.training.count()}[/] training, [bold]{data.validation.count()}[/] validation, "
         f"[bold]{data.test.count()}[/] test tiles.  [bold]{settings.trials}[/] trials of up to "
         f"[bold]{settings.epochs}[/] epochs, [bold]{chosen.concurrency}[/] side by side, "
-        f"{resources.workers} x {resources.cpus:g} CPUs{gpus} each."
+        f"{resources.workers} x {resources.cpus:g} CPUs{gpus} each.",
+        soft_wrap=True,
     )
     if dashboard:
         console.print(f"Ray's dashboard: {dashboard}")
