@@ -70,12 +70,14 @@ class Table:
     """Where the tiles of one part lie, and what the CSVs say of them.
 
     `rows` has the columns row (int64, position in the CSV), id, z (float), image (path or zip member), and
-    for training tiles mask (likewise), rle and coverage (share of salt, in [0, 1]).
+    for training tiles mask (likewise), rle and coverage (share of salt, in [0, 1]). `ids` are all of the CSV,
+    in its order, those with a problem too.
     """
 
     folder: Folder
     archive: str | None
     rows: pd.DataFrame
+    ids: list[str]
     problems: Problems = field(default_factory=dict)
 
     def where(self, chosen: npt.NDArray[np.bool_]) -> "Table":
@@ -124,7 +126,7 @@ def read_train(folder: Folder) -> Table:
         coverage=areas / TILE**2, image=rows["id"].map(files["images"]), mask=rows["id"].map(files["masks"])
     )
     rows = _add_depths(folder, rows, problems)
-    return Table(folder, archive, rows[~rows["id"].isin(list(problems))], problems)
+    return Table(folder, archive, rows[~rows["id"].isin(list(problems))], rows["id"].tolist(), problems)
 
 
 def read_test(folder: Folder) -> Table:
@@ -134,12 +136,7 @@ def read_test(folder: Folder) -> Table:
     problems = _match(rows, files["images"], "sample_submission.csv", "test/images")
     rows = rows.assign(image=rows["id"].map(files["images"]))
     rows = _add_depths(folder, rows, problems)
-    return Table(folder, archive, rows[~rows["id"].isin(list(problems))], problems)
-
-
-def submission_ids(folder: Folder) -> list[str]:
-    """Return the ids of `sample_submission.csv`, in its order."""
-    return [str(i) for i in _read_csv(folder, "sample_submission.csv", ["id", "rle_mask"])["id"]]
+    return Table(folder, archive, rows[~rows["id"].isin(list(problems))], rows["id"].tolist(), problems)
 
 
 def stratified_folds(coverage: npt.ArrayLike, folds: int, seed: int) -> npt.NDArray[np.int64]:

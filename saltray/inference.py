@@ -13,7 +13,7 @@ from saltray import checkpoint, metrics, rle
 from saltray.augment import Batch
 from saltray.config import TrialConfig
 from saltray.model import build_model
-from saltray.training import autocast_dtype
+from saltray.training import autocast_dtype, to_input
 
 BATCH = 128
 
@@ -36,9 +36,9 @@ class Predictor:
     def logits(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Map uint8 images (tiles, h, w) to float32 logits of the same shape."""
         # A copy: blocks of the object store are read-only, which torch does not know of.
-        x = torch.from_numpy(images.copy()).to(self.device).unsqueeze(1).float().div_(255)
+        x = to_input(torch.from_numpy(images.copy()), self.device)
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-            y = self.model(x.contiguous(memory_format=torch.channels_last))
+            y = self.model(x)
         return np.asarray(y.float().cpu().numpy(), np.float32)
 
 

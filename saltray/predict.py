@@ -31,8 +31,7 @@ def main(
     folder = model / "best" if (model / "best").is_dir() else model
     checkpoint.load_model(folder)  # a damaged one is told now
     cut = checkpoint.load_metrics(folder).get("threshold", 0.5) if threshold is None else threshold
-    tables = dataset.open_folder(located(data))
-    table = dataset.read_test(tables)
+    table = dataset.read_test(dataset.open_folder(located(data)))
     with run.quiet(None):
         run.connect(address)
         try:
@@ -44,7 +43,7 @@ def main(
         finally:
             run.disconnect()
     out.parent.mkdir(parents=True, exist_ok=True)
-    submission.write(out, dataset.submission_ids(tables), codes)
+    submission.write(out, table.ids, codes)
     if problems:
         typer.echo(f"{len(problems)} bad tiles got empty masks, such as {min(problems)}", file=sys.stderr)
     typer.echo(f"{len(codes)} tiles segmented at probability {cut:.2f}: {out}")

@@ -46,7 +46,7 @@ class RunError(UserError):
 
 
 class Settings(BaseModel):
-    """What decides a run's results; a resumed run takes all of it from `run.json`."""
+    """What decides a run's results. A resumed run may change its trials, budget and resources alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -256,15 +256,15 @@ def quiet(log: Path | None) -> Iterator[None]:
         yield
 
 
-def stage_best(folder: Path, checkpoint_path: str, facts: dict[str, Any]) -> Path:
-    """Copy the best checkpoint to `best.new/`, without its training state, and add facts to its metrics."""
+def stage_best(folder: Path, checkpoint_path: str) -> Path:
+    """Copy the best checkpoint to `best.new/`, without its training state."""
     fresh = folder / "best.new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     with Checkpoint(checkpoint_path).as_directory() as name:
         source = Path(name)
         weights, config = checkpoint.load_weights(source), checkpoint.load_config(source)
-        checkpoint.save(fresh, weights, config, checkpoint.load_metrics(source) | facts)
+        checkpoint.save(fresh, weights, config, checkpoint.load_metrics(source))
     return fresh
 
 

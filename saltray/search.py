@@ -136,7 +136,6 @@ class StudySearch(OptunaSearch):
             parallel: whether trials run side by side.
             workers: of a trial, that share its batch.
         """
-        # The study must exist before OptunaSearch loads it: Optuna sets its direction only once.
         super().__init__(
             space=space.draw, metric=METRIC, mode="max", storage=storage, study_name=STUDY_NAME,
             sampler=make_sampler(seed, 0, parallel),
@@ -423,13 +422,13 @@ def run_search(
     left = trials - count(study).ended
     if left < 1:
         return study
-    sessions = len(list((folder / "trials").glob("session-*")))
     storage_path = folder / "trials"
+    session = f"session-{len(list(storage_path.glob('session-*'))) + 1:02d}"
     resources = chosen.resources
     # The trial of several workers only drives them; each worker asks for its own.
     asked = resources.training() if resources.workers == 1 else {"CPU": 0.01}
     trainable = tune.with_parameters(
-        run_trial, tiles=tiles, resources=resources, storage=str(storage_path / f"session-{sessions + 1:02d}")
+        run_trial, tiles=tiles, resources=resources, storage=str(storage_path / session)
     )
     tuner = tune.Tuner(
         tune.with_resources(trainable, asked),
@@ -444,7 +443,7 @@ def run_search(
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name=f"session-{sessions + 1:02d}",
+            name=session,
             storage_path=str(storage_path),
             verbose=0,
             log_to_file=True,

@@ -182,10 +182,16 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if precision == "auto" and fast else None
 
 
+def to_input(images: Tensor, device: torch.device) -> Tensor:
+    """Map uint8 images (n, h, w) to the network's input, float32 (n, 1, h, w) in [0, 1]."""
+    # As bytes over the bus: a quarter of what floats would take.
+    pixels = images.to(device, non_blocking=True).unsqueeze(1).float().div_(255)
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
 def _to_device(batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return images (n, 1, h, w) in [0, 1] and masks (n, h, w) in {0, 1}, float32; bytes cross the bus."""
-    images = batch["image"].to(device, non_blocking=True).unsqueeze(1).float().div_(255)
-    return images.contiguous(memory_format=torch.channels_last), batch["mask"].to(device).float()
+    """Return the network's input, and masks float32 (n, h, w) in {0, 1}."""
+    return to_input(batch["image"], device), batch["mask"].to(device).float()
 
 
 def _broadcast_buffers(model: nn.Module) -> None:

@@ -173,7 +173,7 @@ def _read(settings: run.Settings) -> tuple[Data, dict[str, str]]:
     if not settings.skip_bad:
         dataset.refuse(problems, settings.data)
     fingerprint = dataset.fingerprint(train, fold)
-    return Data(parts[0], parts[1], parts[2], dataset.submission_ids(folder), fingerprint), problems
+    return Data(parts[0], parts[1], parts[2], test.ids, fingerprint), problems
 
 
 def _search(
@@ -188,12 +188,13 @@ def _search(
     from saltray.trial import Tiles
     from saltray.view import LiveView
 
-    with run.quiet(folder / "logs" / "search.log"):
-        search.create_study(folder)  # before the view looks for it
+    log = folder / "logs" / "search.log"
+    with run.quiet(log):
+        study = search.create_study(folder)
     view = LiveView(
-        console, folder, trials=settings.trials, epochs=settings.epochs, time_budget=settings.time_budget
+        console, study, trials=settings.trials, epochs=settings.epochs, time_budget=settings.time_budget
     )
-    with view, run.quiet(folder / "logs" / "search.log"):
+    with view, run.quiet(log):
         return search.run_search(
             space,
             Tiles.share(data.training, data.validation, chosen.resources.workers),
@@ -211,10 +212,10 @@ def _predict(folder: Path, best: optuna.trial.FrozenTrial, data: Data) -> dict[s
     """Choose the threshold, write the best model and the submission; return what is known of it."""
     from saltray import inference, run, submission
 
-    model = run.stage_best(folder, best.user_attrs["checkpoint"], {"trial": best.number})
+    model = run.stage_best(folder, best.user_attrs["checkpoint"])
     threshold, scores = inference.calibrate(model, data.validation)
     facts = {"threshold": threshold, "validation_map": scores[f"{threshold:.2f}"], "scores": scores}
-    run.add_metrics(model, facts)
+    run.add_metrics(model, {"trial": best.number} | facts)
     codes = inference.segment(model, data.test, threshold)
     run.publish_best(model)
     submission.write(folder / "submission.csv", data.ids, codes)

@@ -1,7 +1,6 @@
 """What the user sees while a search runs: one live table, and nothing else."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -42,15 +41,14 @@ class LiveView(tune.Callback):
     """Draws the study after every result; where there is no terminal, a line for each ended trial."""
 
     def __init__(
-        self, console: Console, folder: Path, *, trials: int, epochs: int, time_budget: float | None
+        self, console: Console, study: optuna.Study, *, trials: int, epochs: int, time_budget: float | None
     ) -> None:
         """Keep what is fixed of the search."""
-        self._console, self._folder, self._trials, self._epochs = console, folder, trials, epochs
+        self._console, self._study, self._trials, self._epochs = console, study, trials, epochs
         self._budget = time_budget
         self._started = time.monotonic()
         self._already_ended = 0
         self._rates: dict[int, float] = {}
-        self._study: optuna.Study | None = None
         self._live: Live | None = None
         self._told: set[int] = set()
 
@@ -60,9 +58,8 @@ class LiveView(tune.Callback):
 
     def __enter__(self) -> "LiveView":
         """Start drawing; trials that ended in an earlier session are not told again."""
-        if (self._folder / "study.db").exists():
-            self._told = {t.number for t in self._known() if t.state.is_finished()}
-            self._already_ended = len(self._told)
+        self._told = {t.number for t in self._known() if t.state.is_finished()}
+        self._already_ended = len(self._told)
         if self._console.is_terminal:
             self._live = Live(
                 console=self._console,
@@ -95,11 +92,6 @@ class LiveView(tune.Callback):
             self._tell()
 
     def _known(self) -> list[FrozenTrial]:
-        if self._study is None:
-            try:
-                self._study = search.load_study(self._folder)
-            except search.SearchError:
-                return []  # not yet made
         return self._study.get_trials(deepcopy=False)
 
     def _tell(self) -> None:

@@ -77,7 +77,7 @@ def test_a_search_is_repeatable_and_its_best_checkpoint_rebuilds_the_model(
     assert studies[0].trials[0].params == SPACE.first
     assert search.count(studies[0]) == search.Counts(3, 0, 0, 0)
     best = search.best_trial(studies[0])
-    folder = run.stage_best(tmp_path / "first", best.user_attrs["checkpoint"], {"trial": best.number})
+    folder = run.stage_best(tmp_path / "first", best.user_attrs["checkpoint"])
     assert checkpoint.load_metrics(folder)["best_map"] == search.score(best)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.json", "weights.safetensors"]
     checkpoint.load_model(folder)
@@ -162,7 +162,7 @@ def test_two_workers_agree_with_one_and_leave_nothing_behind(tiles: Tiles, tmp_p
     study = run_search(tmp_path, two, Plan(1, WorkerResources(2, 1, 0)), trials=1, epochs=2)
     best = search.best_trial(study)
     assert search.count(study).complete == 1
-    folder = run.stage_best(tmp_path, best.user_attrs["checkpoint"], {})
+    folder = run.stage_best(tmp_path, best.user_attrs["checkpoint"])
     import torch
 
     from saltray import training

@@ -29,7 +29,6 @@ from saltray.dataset import (
     read_train,
     refuse,
     stratified_folds,
-    submission_ids,
 )
 
 Reader = Callable[[Folder], Table]
@@ -137,12 +136,17 @@ def test_read_train_tells_depth_coverage_and_files(data: Path) -> None:
 
 def test_read_test_keeps_the_order_of_the_submission(data: Path) -> None:
     edit(data / "sample_submission.csv", lambda table: table.iloc[::-1])
-    folder = open_folder(str(data))
-    table = read_test(folder)
-    assert table.rows["id"].tolist() == submission_ids(folder) == TEST[::-1]
+    table = read_test(open_folder(str(data)))
+    assert table.rows["id"].tolist() == table.ids == TEST[::-1]
     assert table.rows["row"].tolist() == [0, 1, 2, 3]
     assert [Path(f).stem for f in table.rows["image"]] == TEST[::-1]
     assert not {"mask", "rle", "coverage"} & set(table.rows.columns)
+
+
+def test_ids_are_whole_where_tiles_are_bad(data: Path) -> None:
+    (data / "test" / "images" / f"{TEST[0]}.png").unlink()
+    table = read_test(open_folder(str(data)))
+    assert table.ids == TEST and table.rows["id"].tolist() == TEST[1:]
 
 
 def test_where_chooses_rows_and_drops_the_problems(data: Path) -> None:
@@ -159,7 +163,6 @@ def test_where_chooses_rows_and_drops_the_problems(data: Path) -> None:
         ("train.csv", read_train),
         ("depths.csv", read_train),
         ("sample_submission.csv", read_test),
-        ("sample_submission.csv", submission_ids),
         ("depths.csv", read_test),
     ],
 )

@@ -39,7 +39,7 @@ def study_folder(tmp_path: Path) -> Path:
 def make(folder: Path, terminal: bool) -> tuple[LiveView, io.StringIO]:
     file = io.StringIO()
     console = Console(file=file, width=140, force_terminal=terminal, color_system=None, legacy_windows=False)
-    return LiveView(console, folder, trials=6, epochs=9, time_budget=60.0), file
+    return LiveView(console, search.create_study(folder), trials=6, epochs=9, time_budget=60.0), file
 
 
 def test_the_table_shows_every_state_and_the_best(study_folder: Path) -> None:
