@@ -4,33 +4,22 @@ The study in the run's folder is the one truth. Every result goes there as it co
 waits there with its parameters and its checkpoint, and a resumed search reads what is left to do from it.
 """
 
-import math
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
-from sqlalchemy import URL
 
 from saltray.config import UserError
+from saltray.engine import METRIC, StudyASHA, make_sampler
+from saltray.plan import Plan
 from saltray.space import Space
-from saltray.trial import Tiles, WorkerResources, run_trial
-
-METRIC = "best_map"
-STUDY_NAME = "saltray"
-
-GRACE_EPOCHS = 3
-REDUCTION = 3
-"""ASHA (Li et al. 2020, arXiv:1810.05934): at 3, 9, 27 .. epochs the best third goes on."""
+from saltray.study import STUDY_NAME, checkpoint_of, count, open_storage, requeue
+from saltray.trial import Tiles, run_trial
 
 BAD_DRAWS = 20
 """How many draws in a row a space may fail at."""
@@ -41,77 +30,6 @@ RETRIES = 3
 
 class SearchError(UserError):
     """The search cannot run as asked."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many trials run side by side, and what each worker gets."""
-
-    concurrency: int
-    resources: WorkerResources
-
-
-def plan(
-    nodes: Sequence[Mapping[str, float]],
-    *,
-    trials: int,
-    workers: int = 1,
-    cpus: float | None = None,
-    gpus: float | None = None,
-) -> Plan:
-    """Compute the concurrency from the machines, with room for Ray Data.
-
-    A worker of `cpus` CPUs takes nine tenths of them for training; Ray Data's tasks run in the rest.
-
-    Args:
-        nodes: `CPU` and `GPU` counts of each live machine.
-        trials: number of trials to run.
-        workers: workers a trial.
-        cpus: CPUs of a worker. By default 1, or more where fewer trials than CPUs are wanted.
-        gpus: GPUs of a worker: 0, a fraction 1/n, or a whole number. By default 1 where there are any.
-
-    Raises:
-        SearchError: not even one trial fits; the message has the numbers.
-    """
-    if gpus is None:
-        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
-    fraction = 1 / gpus if 0 < gpus < 1 else 1.0
-    if trials < 1 or workers < 1 or gpus < 0 or (cpus is not None and cpus <= 0):
-        raise SearchError(
-            f"trials {trials}, workers per trial {workers}, CPUs {cpus}, GPUs {gpus}: must be positive"
-        )
-    if abs(fraction - round(fraction)) > 0.02 or (gpus > 1 and gpus != int(gpus)):
-        raise SearchError(f"--gpus-per-trial {gpus}: a whole number or one share of n, such as 0.5 or 0.25")
-    if cpus is None:
-        at_once = min(trials * workers, sum(int(node.get("CPU", 0)) for node in nodes))
-        cpus = 1.0 if gpus else float(max(1, _most_threads(nodes, at_once)))
-    slots = [_slots(node, cpus, gpus) for node in nodes]
-    concurrency = min(sum(slots) // workers, trials)
-    if concurrency < 1:
-        have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise SearchError(
-            f"a trial needs {workers} x ({cpus:g} CPUs and {gpus:g} GPUs); "
-            f"the cluster has: {have or 'nothing'}. "
-            "Ask for less with --workers-per-trial, --cpus-per-trial or --gpus-per-trial, or add machines."
-        )
-    return Plan(concurrency, WorkerResources(workers, cpus, gpus))
-
-
-def _slots(node: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """Count the workers that fit on a machine."""
-    by_cpu = math.floor(node.get("CPU", 0) / cpus + 1e-9)
-    if not gpus:
-        return by_cpu
-    per_gpu = round(1 / gpus) if gpus < 1 else 1
-    by_gpu = int(node.get("GPU", 0)) * per_gpu if gpus < 1 else int(node.get("GPU", 0) // gpus)
-    return min(by_cpu, by_gpu)
-
-
-def _most_threads(nodes: Sequence[Mapping[str, float]], workers: int) -> int:
-    """Return the largest whole number of CPUs a worker with which so many still run at once."""
-    largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
-    fits = (c for c in range(largest, 0, -1) if sum(_slots(n, c, 0) for n in nodes) >= workers)
-    return next(fits, 1)
 
 
 class StudySearch(OptunaSearch):
@@ -228,52 +146,6 @@ class StudySearch(OptunaSearch):
         """Do nothing: the state is in the study."""
 
 
-def make_sampler(seed: int, number: int, parallel: bool) -> BaseSampler:
-    """Return TPE (Bergstra et al. 2011; multivariate, Falkner et al. 2018) for one suggestion.
-
-    Every option that matters is set: Optuna changes its defaults between major releases.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(
-            seed=(seed * 1_000_003 + number) % 2**32,
-            n_startup_trials=10,
-            multivariate=True,
-            group=True,
-            constant_liar=parallel,
-        )
-
-
-class StudyASHA(AsyncHyperBandScheduler):
-    """ASHA on the epoch, whose rungs begin with what the study already knows."""
-
-    def __init__(self, epochs: int, known: Sequence[FrozenTrial]) -> None:
-        """Make the scheduler and replay the known trials' intermediate values."""
-        super().__init__(
-            time_attr="epoch", metric=METRIC, mode="max", max_t=epochs,
-            grace_period=min(GRACE_EPOCHS, epochs), reduction_factor=REDUCTION,
-        )  # fmt: skip
-        self._known = {t.number: t.intermediate_values for t in known}
-        for number in [t.number for t in known if t.state.is_finished()]:
-            self._replay(number, f"study-{number}")
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Take a trial in; one that goes on brings its earlier epochs along."""
-        super().on_trial_add(tune_controller, trial)
-        self._replay(trial.config["number"], trial.trial_id)
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide whether a trial goes on; one that reports its end is let end by itself."""
-        if result.get("finished"):
-            return self.CONTINUE
-        return super().on_trial_result(tune_controller, trial, result)
-
-    def _replay(self, number: int, trial_id: str) -> None:
-        for epoch, value in sorted(self._known.get(number, {}).items()):
-            # A bracket knows a trial by its id alone.
-            self._brackets[0].on_result(cast(Any, SimpleNamespace(trial_id=trial_id)), epoch, value)
-
-
 class Recorder(tune.Callback):
     """Writes into the study what Tune tells its callbacks alone: checkpoints' places and errors."""
 
@@ -291,97 +163,6 @@ class Recorder(tune.Callback):
         """Record an error that outlasted the retries: its traceback's last line."""
         lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
         self._search.record_failure(trial.trial_id, lines[-1] if lines else "its process died")
-
-
-@dataclass(frozen=True)
-class Counts:
-    """A study's trials by what became of them."""
-
-    complete: int
-    pruned: int
-    failed: int
-    waiting: int
-
-    @property
-    def ended(self) -> int:
-        """Trials that will not run again."""
-        return self.complete + self.pruned + self.failed
-
-
-def open_storage(folder: Path) -> RDBStorage:
-    """Open the run's study database; it is created when absent.
-
-    Raises:
-        SearchError: the file is no database of Optuna's, or of another version.
-    """
-    file = folder / "study.db"
-    try:
-        # Made, not written: a path may hold what means something in a URL.
-        url = URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-    except Exception as error:
-        raise SearchError(f"{file}: not a readable Optuna study: {error}") from error
-
-
-def create_study(folder: Path) -> optuna.Study:
-    """Open the run's study; it is created when absent. Raises SearchError."""
-    storage = open_storage(folder)
-    return optuna.create_study(
-        storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
-    )
-
-
-def load_study(folder: Path) -> optuna.Study:
-    """Open the study of a run; raises SearchError."""
-    if not (folder / "study.db").is_file():
-        raise SearchError(f"{folder}: no study.db in it; not the folder of a run")
-    try:
-        return optuna.load_study(study_name=STUDY_NAME, storage=open_storage(folder))
-    except KeyError:
-        raise SearchError(f"{folder / 'study.db'}: holds no study of saltray's") from None
-
-
-def count(study: optuna.Study) -> Counts:
-    """Count the trials by what became of them."""
-    states = [t.state for t in study.get_trials(deepcopy=False)]
-    return Counts(
-        states.count(TrialState.COMPLETE),
-        states.count(TrialState.PRUNED),
-        states.count(TrialState.FAIL),
-        states.count(TrialState.WAITING) + states.count(TrialState.RUNNING),
-    )
-
-
-def score(trial: FrozenTrial) -> float:
-    """Return a trial's best validation mAP so far; -1 where none is known."""
-    return max(trial.intermediate_values.values(), default=-1.0)
-
-
-def checkpoint_of(trial: FrozenTrial | optuna.Trial) -> str | None:
-    """Return where a trial's newest checkpoint lies; None where there is none, or no longer."""
-    path: str | None = trial.user_attrs.get("checkpoint")
-    if path is None or "://" in path:
-        return path
-    return path if Path(path).is_dir() else None
-
-
-def best_trial(study: optuna.Study) -> FrozenTrial:
-    """Return the trial with the best checkpoint, whatever became of it.
-
-    Raises:
-        SearchError: no trial has one.
-    """
-    usable = [t for t in study.trials if t.intermediate_values and checkpoint_of(t)]
-    if not usable:
-        reasons = {t.user_attrs["reason"] for t in study.trials if "reason" in t.user_attrs}
-        raise SearchError(f"no trial reached the end of an epoch. {'; '.join(sorted(reasons))}".rstrip())
-    return max(usable, key=score)
-
-
-def requeue(storage: RDBStorage, study: optuna.Study) -> None:
-    """Let trials that were cut off wait for the next session, with their parameters and checkpoint."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 
 def run_search(

@@ -15,7 +15,7 @@ from ray import train, tune
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from saltray import dataset, training
+from saltray import stream, training
 from saltray.config import TrialConfig
 
 EVALUATION_BATCH = 64
@@ -113,7 +113,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
     torch.set_num_threads(max(1, round(resources.cpus)))
 
     def training_batches(epoch: int) -> training.Batches:
-        return dataset.epoch_stream(
+        return stream.epoch_stream(
             tiles.training[rank],
             config.augment,
             seed=config.seed,
@@ -123,7 +123,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
         )
 
     def validation_batches() -> training.Batches:
-        return dataset.plain_stream(tiles.validation[rank], batch_size=EVALUATION_BATCH)
+        return stream.plain_stream(tiles.validation[rank], batch_size=EVALUATION_BATCH)
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         checkpoint = train.Checkpoint.from_directory(folder) if folder else None

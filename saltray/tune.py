@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import ray.data
     from rich.console import Console
 
-    from saltray import run, search
+    from saltray import run
     from saltray import space as spaces
+    from saltray.plan import Plan
 
 DEMO = {"trials": 6, "epochs": 8}
 DEFAULTS = {"trials": 20, "epochs": 50}
@@ -112,8 +113,10 @@ def run_session(folder: Path, settings: run.Settings, address: str | None, *, re
     """Check everything, search, predict, tell. Nothing is written before all is checked."""
     from rich.console import Console
 
-    from saltray import run, search
+    from saltray import run
     from saltray import space as spaces
+    from saltray.plan import plan
+    from saltray.study import best_trial
 
     console = Console(file=sys.stdout, highlight=False)
     if settings.trials < 1 or settings.epochs < 1:
@@ -126,7 +129,7 @@ def run_session(folder: Path, settings: run.Settings, address: str | None, *, re
     with console.status("starting Ray"), run.quiet(None):
         dashboard = run.connect(address)
     try:
-        chosen = search.plan(
+        chosen = plan(
             run.nodes(),
             trials=settings.trials,
             workers=settings.workers_per_trial,
@@ -144,7 +147,7 @@ def run_session(folder: Path, settings: run.Settings, address: str | None, *, re
             _tell_start(console, data, left_out, settings, chosen, dashboard)
             study = _search(folder, settings, space, chosen, data, console)
             with console.status("predicting"), run.quiet(folder / "logs" / "predict.log"):
-                best = search.best_trial(study)
+                best = best_trial(study)
                 facts = _predict(folder, best, data)
         _tell_end(console, folder, settings, study, best, facts)
     finally:
@@ -180,17 +183,18 @@ def _search(
     folder: Path,
     settings: run.Settings,
     space: spaces.Space,
-    chosen: search.Plan,
+    chosen: Plan,
     data: Data,
     console: Console,
 ) -> optuna.Study:
     from saltray import run, search
+    from saltray.study import create_study
     from saltray.trial import Tiles
     from saltray.view import LiveView
 
     log = folder / "logs" / "search.log"
     with run.quiet(log):
-        study = search.create_study(folder)
+        study = create_study(folder)
     view = LiveView(
         console, study, trials=settings.trials, epochs=settings.epochs, time_budget=settings.time_budget
     )
@@ -227,7 +231,7 @@ def _tell_start(
     data: Data,
     left_out: dict[str, str],
     settings: run.Settings,
-    chosen: search.Plan,
+    chosen: Plan,
     dashboard: str,
 ) -> None:
     if left_out:
@@ -255,14 +259,15 @@ def _tell_end(
 ) -> None:
     from rich.markup import escape
 
-    from saltray import search, submission
+    from saltray import submission
+    from saltray.study import count, score
     from saltray.view import text
 
-    counts = search.count(study)
+    counts = count(study)
     waiting = f", {counts.waiting} cut off" if counts.waiting else ""
     lines = {
         "best": f"[bold green]trial {best.number}[/]  {text(best.params)}",
-        "validation mAP": f"[bold]{search.score(best):.4f}[/] at probability 0.50, "
+        "validation mAP": f"[bold]{score(best):.4f}[/] at probability 0.50, "
         f"[bold]{facts['validation_map']:.4f}[/] at {facts['threshold']:.2f}, chosen on these tiles",
         "trials": f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed"
         + waiting,

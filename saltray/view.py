@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from saltray import search
+from saltray.study import score
 
 _SHOWN = 12  # trials in the table: the running ones, then the best
 _STATES = {
@@ -117,10 +117,10 @@ class LiveView(tune.Callback):
             table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         table.add_column("tiles/s", justify="right", no_wrap=True)
         table.add_column("parameters", overflow="fold")
-        best = max((search.score(t) for t in known), default=-1.0)
-        order = sorted(known, key=lambda t: (t.state != TrialState.RUNNING, -search.score(t)))
+        best = max((score(t) for t in known), default=-1.0)
+        order = sorted(known, key=lambda t: (t.state != TrialState.RUNNING, -score(t)))
         for trial in order[:_SHOWN]:
-            leads = search.score(trial) == best and best >= 0
+            leads = score(trial) == best and best >= 0
             table.add_row(
                 str(trial.number),
                 _STATES[trial.state],
@@ -152,5 +152,5 @@ def _reason(trial: FrozenTrial) -> str:
 
 
 def _score(trial: FrozenTrial) -> str:
-    value = search.score(trial)
+    value = score(trial)
     return f"{value:.4f}" if value >= 0 else "-"

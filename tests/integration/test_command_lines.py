@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from saltray import demo, search
+from saltray import demo
+from saltray.study import Counts, StudyError, count, load_study
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,8 +91,8 @@ def wait_for_epochs(run: Path, epochs: int) -> None:
     while time.monotonic() < end:
         if (run / "study.db").exists():
             try:
-                trials = search.load_study(run).trials
-            except search.SearchError:
+                trials = load_study(run).trials
+            except StudyError:
                 trials = []  # the database is being made
             if sum(len(t.intermediate_values) for t in trials) >= epochs:
                 return
@@ -134,8 +135,8 @@ def test_search_predict_score_extend(start: type[Program], files: Path, tmp_path
     assert (run / "study.db").read_bytes() == before
     assert "keeps its own" in start("saltray.tune", "--resume", run, "--epochs", "9").finish(1)
     start("saltray.tune", "--resume", run, "--trials", "3").finish()
-    study = search.load_study(run)
-    assert search.count(study) == search.Counts(3, 0, 0, 0)
+    study = load_study(run)
+    assert count(study) == Counts(3, 0, 0, 0)
     assert len(json.loads((run / "run.json").read_text())["sessions"]) == 2
 
 
@@ -146,11 +147,11 @@ def test_killed_in_the_middle_resume_finishes_without_repeating(
     program = start(*search_arguments(files, run, "--trials", "6", "--epochs", "4"))
     wait_for_epochs(run, 10)
     program.end()
-    ended = {t.number: t.datetime_complete for t in search.load_study(run).trials if t.state.is_finished()}
+    ended = {t.number: t.datetime_complete for t in load_study(run).trials if t.state.is_finished()}
     assert ended
     start("saltray.tune", "--resume", run).finish()
-    trials = search.load_study(run).trials
-    assert search.count(search.load_study(run)).ended == 6 == len(trials)
+    trials = load_study(run).trials
+    assert count(load_study(run)).ended == 6 == len(trials)
     assert all(trials[number].datetime_complete == moment for number, moment in ended.items())
     assert all(
         sorted(t.intermediate_values) == list(range(1, len(t.intermediate_values) + 1)) for t in trials
@@ -165,7 +166,7 @@ def test_ctrl_c_once_still_writes_what_was_found(start: type[Program], files: Pa
     program.process.send_signal(signal.SIGINT)
     told = program.finish()
     assert f"--resume {run}" in told
-    assert search.count(search.load_study(run)).waiting > 0
+    assert count(load_study(run)).waiting > 0
     check_submission(run, files)
 
 

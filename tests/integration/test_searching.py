@@ -11,9 +11,10 @@ import ray
 from optuna.trial import TrialState
 from ray import tune
 
-from saltray import checkpoint, dataset, demo, run, search
-from saltray.search import Plan
+from saltray import checkpoint, dataset, demo, run, search, stream
+from saltray.plan import Plan
 from saltray.space import Space
+from saltray.study import Counts, best_trial, count, score
 from saltray.trial import Tiles, WorkerResources
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -75,10 +76,10 @@ def test_a_search_is_repeatable_and_its_best_checkpoint_rebuilds_the_model(
     values = [[(t.params, t.intermediate_values) for t in study.trials] for study in studies]
     assert values[0] == values[1]
     assert studies[0].trials[0].params == SPACE.first
-    assert search.count(studies[0]) == search.Counts(3, 0, 0, 0)
-    best = search.best_trial(studies[0])
+    assert count(studies[0]) == Counts(3, 0, 0, 0)
+    best = best_trial(studies[0])
     folder = run.stage_best(tmp_path / "first", best.user_attrs["checkpoint"])
-    assert checkpoint.load_metrics(folder)["best_map"] == search.score(best)
+    assert checkpoint.load_metrics(folder)["best_map"] == score(best)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.json", "weights.safetensors"]
     checkpoint.load_model(folder)
 
@@ -87,7 +88,7 @@ def test_a_finished_search_is_extended_and_repeats_nothing(tiles: Tiles, tmp_pat
     before = run_search(tmp_path, tiles, trials=2, epochs=1).trials
     after = run_search(tmp_path, tiles, trials=4, epochs=1)
     assert [t.datetime_start for t in after.trials[:2]] == [t.datetime_start for t in before]
-    assert search.count(after).complete == 4
+    assert count(after).complete == 4
     assert len(run_search(tmp_path, tiles, trials=4, epochs=1).trials) == 4
 
 
@@ -150,9 +151,9 @@ def test_time_budget_cuts_trials_off_and_they_go_on_later(
 
     monkeypatch.setattr(search, "run_trial", fake)
     study = run_search(tmp_path, NOTHING, TWO, trials=2, epochs=4, time_budget=2.0)
-    assert search.count(study).waiting == 2
+    assert count(study).waiting == 2
     study = run_search(tmp_path, NOTHING, TWO, trials=2, epochs=4)
-    assert search.count(study) == search.Counts(2, 0, 0, 0)
+    assert count(study) == Counts(2, 0, 0, 0)
     assert reported_epochs(study) == 2 * [[1, 2, 3, 4]]
 
 
@@ -160,8 +161,8 @@ def test_two_workers_agree_with_one_and_leave_nothing_behind(tiles: Tiles, tmp_p
     two = Tiles.share(tiles.training[0], tiles.validation[0], 2)
     assert sum(v.count() for v in two.validation) == tiles.validation[0].count()
     study = run_search(tmp_path, two, Plan(1, WorkerResources(2, 1, 0)), trials=1, epochs=2)
-    best = search.best_trial(study)
-    assert search.count(study).complete == 1
+    best = best_trial(study)
+    assert count(study).complete == 1
     folder = run.stage_best(tmp_path, best.user_attrs["checkpoint"])
     import torch
 
@@ -169,11 +170,11 @@ def test_two_workers_agree_with_one_and_leave_nothing_behind(tiles: Tiles, tmp_p
 
     alone = training.evaluate(
         checkpoint.load_model(folder),
-        dataset.plain_stream(tiles.validation[0], batch_size=4),
+        stream.plain_stream(tiles.validation[0], batch_size=4),
         torch.device("cpu"),
         None,
     )
-    assert alone == pytest.approx(search.score(best), abs=1e-9)
+    assert alone == pytest.approx(score(best), abs=1e-9)
     assert wait_for(lambda: not leaked_groups(), 30)
 
 
@@ -188,7 +189,7 @@ def test_two_workers_cut_off_leak_no_placement_group(tiles: Tiles, tmp_path: Pat
     two = Tiles.share(tiles.training[0], tiles.validation[0], 2)
     chosen = Plan(1, WorkerResources(2, 1, 0))
     study = run_search(tmp_path, two, chosen, trials=1, epochs=1000, callbacks=[Interrupter()])
-    assert search.count(study).waiting == 1
+    assert count(study).waiting == 1
     assert 2 <= len(study.trials[0].intermediate_values) < 1000
     assert wait_for(lambda: not leaked_groups(), 60)
 

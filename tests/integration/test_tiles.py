@@ -22,13 +22,12 @@ from saltray.dataset import (
     DataError,
     Table,
     decode,
-    epoch_stream,
     open_folder,
-    plain_stream,
     read_test,
     read_train,
     refuse,
 )
+from saltray.stream import epoch_stream, plain_stream
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -42,7 +41,7 @@ def small_blocks() -> Iterator[None]:
     """Cut even these few tiles into several blocks, and shuffle them in a buffer that they do not all fit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset, "TILES_PER_BLOCK", 12)
-        patch.setattr(dataset, "SHUFFLE_BUFFER", 20)
+        patch.setattr("saltray.stream.SHUFFLE_BUFFER", 20)
         yield
 
 

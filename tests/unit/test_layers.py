@@ -15,10 +15,14 @@ LAYERS = [
     ["optim"],
     ["augment"],
     ["dataset"],
+    ["stream"],
     ["checkpoint"],
     ["training"],
     ["trial"],
     ["space"],
+    ["study"],
+    ["engine"],
+    ["plan"],
     ["search"],
     ["submission"],
     ["inference"],
@@ -32,7 +36,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 WITHOUT_RAY = [
     *("config", "rle", "metrics", "losses", "model", "optim", "augment", "checkpoint", "training"),
-    *("submission", "cli", "demo", "score"),
+    *("submission", "study", "cli", "demo", "score"),
 ]
 
 

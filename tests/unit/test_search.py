@@ -10,8 +10,10 @@ import pytest
 from optuna.trial import TrialState
 
 from saltray import search
-from saltray.search import SearchError, plan
+from saltray.engine import StudyASHA
+from saltray.plan import PlanError, plan
 from saltray.space import Space
+from saltray.study import Counts, StudyError, best_trial, count, load_study, open_storage, requeue
 
 
 class TestPlan:
@@ -47,7 +49,7 @@ class TestPlan:
         for cpu, cpus, gpu, gpus in itertools.product((1, 2, 3, 5), (0.5, 1, 2), (0, 1, 2), (0, 0.5, 1)):
             try:
                 chosen = plan([{"CPU": cpu, "GPU": gpu}], trials=50, cpus=cpus, gpus=gpus)
-            except SearchError:
+            except PlanError:
                 assert cpus > cpu or gpus > gpu
                 continue
             assert chosen.concurrency * cpus <= cpu + 1e-9
@@ -67,7 +69,7 @@ class TestPlan:
         ],
     )
     def test_refuses_with_the_numbers(self, asked: dict[str, Any], words: str) -> None:
-        with pytest.raises(SearchError) as error:
+        with pytest.raises(PlanError) as error:
             plan([{"CPU": 2}], **{"trials": 5, **asked})
         assert words in str(error.value)
 
@@ -94,7 +96,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def open_search(folder: Path, seed: int = 0, parallel: bool = False) -> search.StudySearch:
-    return search.StudySearch(SPACE, search.open_storage(folder), epochs=9, seed=seed, parallel=parallel)
+    return search.StudySearch(SPACE, open_storage(folder), epochs=9, seed=seed, parallel=parallel)
 
 
 class TestStudySearch:
@@ -122,7 +124,7 @@ class TestStudySearch:
         assert trials[1].intermediate_values == {1: 0.1, 3: 0.2}
         assert trials[2].user_attrs["reason"] == "the loss is nan in epoch 2"
         assert trials[3].user_attrs["reason"] == "OSError: disk full"
-        assert search.count(searcher.study) == search.Counts(1, 1, 2, 1)
+        assert count(searcher.study) == Counts(1, 1, 2, 1)
 
     def test_results_after_the_end_are_left_out(self, folder: Path) -> None:
         searcher = open_search(folder)
@@ -149,7 +151,7 @@ class TestStudySearch:
         before.record_checkpoint("a", str(folder))
         del before
         after = open_search(folder)
-        search.requeue(search.open_storage(folder), after.study)
+        requeue(open_storage(folder), after.study)
         again = after.suggest("x")
         assert again == {**first, "resume": str(folder)}
         assert after.suggest("y")["number"] == 1
@@ -165,7 +167,7 @@ class TestStudySearch:
 
         def go_on(folder: Path, numbers: range) -> list[dict[str, Any]]:
             searcher = open_search(folder, seed=7)
-            search.requeue(search.open_storage(folder), searcher.study)
+            requeue(open_storage(folder), searcher.study)
             specs = []
             for number in numbers:
                 spec = searcher.suggest(f"{number}")
@@ -188,16 +190,16 @@ class TestStudySearch:
             if name != "b":
                 searcher.record_checkpoint(name, str(folder))
             searcher.on_trial_complete(name, result(3, best, finished=name == "a"))
-        assert search.best_trial(searcher.study).number == 2
+        assert best_trial(searcher.study).number == 2
 
     def test_a_checkpoint_that_is_gone_is_not_named(self, folder: Path) -> None:
         searcher = open_search(folder)
         searcher.suggest("a")
         searcher.on_trial_result("a", result(1, 0.3))
         searcher.record_checkpoint("a", str(folder / "gone"))
-        with pytest.raises(SearchError, match="no trial"):
-            search.best_trial(searcher.study)
-        search.requeue(search.open_storage(folder), searcher.study)
+        with pytest.raises(StudyError, match="no trial"):
+            best_trial(searcher.study)
+        requeue(open_storage(folder), searcher.study)
         assert open_search(folder).suggest("x")["resume"] is None
 
     def test_a_bad_draw_fails_its_trial_and_the_next_is_asked(self, folder: Path) -> None:
@@ -205,41 +207,41 @@ class TestStudySearch:
             return {"batch_size": 0 if trial.number < bad else 8}
 
         bad = 1
-        storage = search.open_storage(folder)
+        storage = open_storage(folder)
         space = Space(sometimes, None, Path("space.py"))
         searcher = search.StudySearch(space, storage, epochs=1, seed=0, parallel=False)
         assert searcher.suggest("a")["number"] == 1
         assert searcher.study.trials[0].state == TrialState.FAIL
         assert "batch_size" in searcher.study.trials[0].user_attrs["reason"]
         bad = 1000
-        with pytest.raises(SearchError, match="20 draws in a row"):
+        with pytest.raises(search.SearchError, match="20 draws in a row"):
             searcher.suggest("b")
 
     def test_no_usable_trial_is_told_with_the_reasons(self, folder: Path) -> None:
         searcher = open_search(folder)
         searcher.suggest("a")
         searcher.record_failure("a", "OSError: disk full")
-        with pytest.raises(SearchError, match="disk full"):
-            search.best_trial(searcher.study)
+        with pytest.raises(StudyError, match="disk full"):
+            best_trial(searcher.study)
 
 
 class TestStorage:
     def test_a_file_that_is_no_study_is_refused_and_left(self, tmp_path: Path) -> None:
         (tmp_path / "study.db").write_bytes(b"not a database at all, by any means" * 50)
-        with pytest.raises(SearchError, match=r"study\.db"):
-            search.load_study(tmp_path)
+        with pytest.raises(StudyError, match=r"study\.db"):
+            load_study(tmp_path)
         assert (tmp_path / "study.db").read_bytes().startswith(b"not a database")
 
     def test_absent(self, tmp_path: Path) -> None:
-        with pytest.raises(SearchError, match="not the folder of a run"):
-            search.load_study(tmp_path)
+        with pytest.raises(StudyError, match="not the folder of a run"):
+            load_study(tmp_path)
 
 
 class TestASHA:
     def trial(self, number: int) -> Any:
         return SimpleNamespace(trial_id=f"t{number}", config={"number": number})
 
-    def report(self, scheduler: search.StudyASHA, number: int, epoch: int, value: float) -> str:
+    def report(self, scheduler: StudyASHA, number: int, epoch: int, value: float) -> str:
         controller: Any = None
         return scheduler.on_trial_result(controller, self.trial(number), {"epoch": epoch, "best_map": value})
 
@@ -250,13 +252,13 @@ class TestASHA:
             searcher.on_trial_complete(str(number), result(3, best, finished=False))
         controller: Any = None
         for known, expected in ((searcher.study.trials, "STOP"), ([], "CONTINUE")):
-            scheduler = search.StudyASHA(27, known)
+            scheduler = StudyASHA(27, known)
             scheduler.on_trial_add(controller, self.trial(3))
             assert self.report(scheduler, 3, 1, 0.1) == "CONTINUE"
             assert self.report(scheduler, 3, 3, 0.2) == expected
 
     def test_a_trial_that_reports_its_end_is_not_killed(self) -> None:
-        scheduler = search.StudyASHA(2, [])
+        scheduler = StudyASHA(2, [])
         controller: Any = None
         scheduler.on_trial_add(controller, self.trial(0))
         last = {"epoch": 2, "best_map": 0.9, "finished": True}

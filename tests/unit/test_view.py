@@ -9,6 +9,7 @@ from rich.console import Console
 
 from saltray import search
 from saltray.space import Space
+from saltray.study import create_study, open_storage
 from saltray.view import LiveView, duration, text
 
 NOTHING: Any = None
@@ -23,7 +24,7 @@ def study_folder(tmp_path: Path) -> Path:
         return {"model": {"filters": trial.suggest_int("filters", 2, 4)}}
 
     space = Space(draw, None, Path("space.py"))
-    storage = search.open_storage(tmp_path)
+    storage = open_storage(tmp_path)
     searcher = search.StudySearch(space, storage, epochs=9, seed=0, parallel=False)
     result = {"time_total_s": 1.0, "hostname": "h"}
     for name in "abcde":
@@ -39,7 +40,7 @@ def study_folder(tmp_path: Path) -> Path:
 def make(folder: Path, terminal: bool) -> tuple[LiveView, io.StringIO]:
     file = io.StringIO()
     console = Console(file=file, width=140, force_terminal=terminal, color_system=None, legacy_windows=False)
-    return LiveView(console, search.create_study(folder), trials=6, epochs=9, time_budget=60.0), file
+    return LiveView(console, create_study(folder), trials=6, epochs=9, time_budget=60.0), file
 
 
 def test_the_table_shows_every_state_and_the_best(study_folder: Path) -> None:

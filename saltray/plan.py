@@ -1,0 +1,83 @@
+"""How many trials run side by side on these machines, and what each of their workers gets."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from saltray.config import UserError
+from saltray.trial import WorkerResources
+
+
+class PlanError(UserError):
+    """The machines cannot run what was asked; the message has the numbers."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many trials run side by side, and what each worker gets."""
+
+    concurrency: int
+    resources: WorkerResources
+
+
+def plan(
+    nodes: Sequence[Mapping[str, float]],
+    *,
+    trials: int,
+    workers: int = 1,
+    cpus: float | None = None,
+    gpus: float | None = None,
+) -> Plan:
+    """Compute the concurrency from the machines, with room for Ray Data.
+
+    A worker of `cpus` CPUs takes nine tenths of them for training; Ray Data's tasks run in the rest.
+
+    Args:
+        nodes: `CPU` and `GPU` counts of each live machine.
+        trials: number of trials to run.
+        workers: workers a trial.
+        cpus: CPUs of a worker. By default 1, or more where fewer trials than CPUs are wanted.
+        gpus: GPUs of a worker: 0, a fraction 1/n, or a whole number. By default 1 where there are any.
+
+    Raises:
+        PlanError: not even one trial fits; the message has the numbers.
+    """
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
+    fraction = 1 / gpus if 0 < gpus < 1 else 1.0
+    if trials < 1 or workers < 1 or gpus < 0 or (cpus is not None and cpus <= 0):
+        raise PlanError(
+            f"trials {trials}, workers per trial {workers}, CPUs {cpus}, GPUs {gpus}: must be positive"
+        )
+    if abs(fraction - round(fraction)) > 0.02 or (gpus > 1 and gpus != int(gpus)):
+        raise PlanError(f"--gpus-per-trial {gpus}: a whole number or one share of n, such as 0.5 or 0.25")
+    if cpus is None:
+        at_once = min(trials * workers, sum(int(node.get("CPU", 0)) for node in nodes))
+        cpus = 1.0 if gpus else float(max(1, _most_threads(nodes, at_once)))
+    slots = [_slots(node, cpus, gpus) for node in nodes]
+    concurrency = min(sum(slots) // workers, trials)
+    if concurrency < 1:
+        have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise PlanError(
+            f"a trial needs {workers} x ({cpus:g} CPUs and {gpus:g} GPUs); "
+            f"the cluster has: {have or 'nothing'}. "
+            "Ask for less with --workers-per-trial, --cpus-per-trial or --gpus-per-trial, or add machines."
+        )
+    return Plan(concurrency, WorkerResources(workers, cpus, gpus))
+
+
+def _slots(node: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """Count the workers that fit on a machine."""
+    by_cpu = math.floor(node.get("CPU", 0) / cpus + 1e-9)
+    if not gpus:
+        return by_cpu
+    per_gpu = round(1 / gpus) if gpus < 1 else 1
+    by_gpu = int(node.get("GPU", 0)) * per_gpu if gpus < 1 else int(node.get("GPU", 0) // gpus)
+    return min(by_cpu, by_gpu)
+
+
+def _most_threads(nodes: Sequence[Mapping[str, float]], workers: int) -> int:
+    """Return the largest whole number of CPUs a worker with which so many still run at once."""
+    largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    fits = (c for c in range(largest, 0, -1) if sum(_slots(n, c, 0) for n in nodes) >= workers)
+    return next(fits, 1)
