@@ -6,7 +6,7 @@ flips. A search space returns the fields that it changes, as a nested dict.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 TILE = 101
 """Height and width of a tile, in pixels."""
@@ -18,6 +18,27 @@ class UserError(ValueError):
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Build a configuration from a nested dict; fields left out keep their defaults.
+
+        Raises:
+            UserError: one line per wrong field, with the value and what is allowed.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            known = ", ".join(cls.model_fields)
+            lines = [
+                f"{'/'.join(map(str, e['loc'])) or 'the configuration'}: {e['msg']}, got {e['input']!r}"
+                for e in error.errors()
+            ]
+            raise UserError("; ".join(lines) + f" (top-level fields: {known})") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole configuration as a nested dict of plain values; `from_dict` reads it back."""
+        return self.model_dump()
 
 
 class ModelConfig(_Frozen):
@@ -67,26 +88,44 @@ class TrialConfig(_Frozen):
     """`auto` takes bfloat16 autocast on GPUs that have it, float32 elsewhere."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
-    @classmethod
-    def from_dict(cls, values: Any) -> Self:
-        """Build a configuration from a nested dict; fields left out keep their defaults.
 
-        Raises:
-            UserError: one line per wrong field, with the value and what is allowed.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            known = ", ".join(cls.model_fields)
-            lines = [
-                f"{'/'.join(map(str, e['loc'])) or 'the configuration'}: {e['msg']}, got {e['input']!r}"
-                for e in error.errors()
-            ]
-            raise UserError("; ".join(lines) + f" (top-level fields: {known})") from None
+Objective = Literal["map", "map+speed"]
+"""What a search maximizes: the validation mAP, or that and the tiles per second in validation."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the whole configuration as a nested dict of plain values; `from_dict` reads it back."""
-        return self.model_dump()
+Searcher = Literal["tpe", "random", "gp", "cmaes"]
+"""What proposes the next trial (`saltray.engine`)."""
+
+Scheduler = Literal["asha", "hyperband", "median", "none"]
+"""What stops a trial early (`saltray.engine`)."""
+
+
+class SearchConfig(_Frozen):
+    """How to search: the engine and the budgets."""
+
+    trials: Annotated[int, Field(ge=1)] = 20
+    """Trials to bring to an end."""
+    epochs: Annotated[int, Field(ge=1)] = 50
+    """Of a full trial."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the split, of every suggestion and every trial."""
+    searcher: Searcher = "tpe"
+    scheduler: Scheduler = "asha"
+    objective: Objective = "map"
+    time_budget: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of searching in this session."""
+    gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    """GPU-hours of all trials in all sessions."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Ended trials in a row without a better score, after which no new one is begun."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.objective == "map+speed":
+            if self.scheduler != "none":
+                raise ValueError("two objectives leave no trial to be stopped early; choose scheduler 'none'")
+            if self.searcher == "cmaes":
+                raise ValueError("CMA-ES knows one objective; choose searcher tpe, gp or random")
+        return self
 
 
 DEBUG = TrialConfig(model=ModelConfig(filters=2, levels=2, dropout=0.0), batch_size=16, epochs=2)

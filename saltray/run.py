@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import socket
@@ -26,40 +27,41 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ray
 import ray.data
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 from ray.exceptions import RaySystemError
 from ray.train import Checkpoint
 
 from saltray import checkpoint
-from saltray.config import UserError
+from saltray.config import SearchConfig, UserError
+from saltray.study import STUDY_NAME
 
 FORMAT = 1
 """Of `run.json`; a newer one is refused."""
+
+
+_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]*@")
 
 
 class RunError(UserError):
     """The run's folder, or the cluster, cannot be used as asked."""
 
 
-class Settings(BaseModel):
-    """What decides a run's results. A resumed run may change its trials, budget and resources alone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Settings(SearchConfig):
+    """What decides a run's results. A resumed run may change its engine, budgets and resources alone."""
 
     data: str
     space: str
-    trials: int
-    epochs: int
-    seed: int
-    time_budget: float | None = None
-    workers_per_trial: int = 1
+    workers_per_trial: Annotated[int, Field(ge=1)] = 1
     cpus_per_trial: float | None = None
     gpus_per_trial: float | None = None
     skip_bad: bool = False
+    study: str | None = None
+    """URL of the study's database server, without a password; None for SQLite in the run's folder."""
+    study_name: str = STUDY_NAME
 
 
 def refuse_taken(folder: Path) -> None:
@@ -122,22 +124,43 @@ def write_settings(folder: Path, settings: Settings, tiles: str) -> None:
     temporary.replace(file)
 
 
-def read_settings(folder: Path) -> Settings:
-    """Read `run.json`.
+def read(folder: Path) -> dict[str, Any]:
+    """Read `run.json`: `format`, `tiles` (fingerprint), `settings`, and `sessions` (their environments).
 
     Raises:
-        RunError: the folder holds no run, or one of a newer version.
+        RunError: the folder holds no run, a damaged one, or one of a newer version.
     """
     file = folder / "run.json"
     if not file.is_file():
         raise RunError(f"{folder}: no run.json in it; not the folder of a run")
     try:
-        content = json.loads(file.read_text())
+        content: dict[str, Any] = json.loads(file.read_text())
         if content["format"] > FORMAT:
             raise RunError(f"{file}: written by a newer saltray (format {content['format']}); update saltray")
-        return Settings.model_validate(content["settings"])
-    except (KeyError, TypeError, json.JSONDecodeError, ValidationError) as error:
+        Settings.model_validate(content["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise RunError(f"{file}: damaged: {error}") from None
+    return content
+
+
+def read_settings(folder: Path) -> Settings:
+    """Read a run's settings; raises RunError as `read` does."""
+    return Settings.model_validate(read(folder)["settings"])
+
+
+def options(settings: Settings, space: Path) -> str:
+    """Return the command-line options that start a run with these settings."""
+    given = settings.model_dump(exclude_defaults=True, exclude={"study_name", "skip_bad", "space"})
+    given |= {"space": space, "trials": settings.trials, "epochs": settings.epochs, "seed": settings.seed}
+    if settings.time_budget:
+        given["time_budget"] = f"{settings.time_budget:g}s"
+    words = []
+    for name, value in given.items():
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        words.append(f"--{name.replace('_', '-')} {shlex.quote(text)}")
+    return " ".join(words + ["--skip-bad"] * settings.skip_bad)
 
 
 def environment() -> dict[str, Any]:
@@ -151,7 +174,7 @@ def environment() -> dict[str, Any]:
     program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([program, *sys.argv[1:]]),
+        "command": _PASSWORD.sub(r"\1***@", " ".join([program, *sys.argv[1:]])),
         "python": platform.python_version(),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",

@@ -1,25 +1,33 @@
-"""The search: an Optuna study of Ray Tune trials, stopped early by ASHA.
+"""The search: an Optuna study of Ray Tune trials.
 
 The study in the run's folder is the one truth. Every result goes there as it comes, a trial that was cut off
 waits there with its parameters and its checkpoint, and a resumed search reads what is left to do from it.
 """
 
+import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
-from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from ray import tune
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search import Searcher
 
-from saltray.config import UserError
-from saltray.engine import METRIC, StudyASHA, make_sampler
+from saltray.config import SearchConfig, UserError
+from saltray.engine import METRIC, make_sampler, make_scheduler
 from saltray.plan import Plan
 from saltray.space import Space
-from saltray.study import STUDY_NAME, checkpoint_of, count, open_storage, requeue
-from saltray.trial import Tiles, run_trial
+from saltray.study import (
+    checkpoint_of,
+    count,
+    ended_without_gain,
+    epochs_of,
+    gpu_hours,
+    requeue,
+)
+from saltray.trial import Tiles, WorkerResources, run_trial
 
 BAD_DRAWS = 20
 """How many draws in a row a space may fail at."""
@@ -27,46 +35,89 @@ BAD_DRAWS = 20
 RETRIES = 3
 """How often a trial whose process died starts again from its last epoch."""
 
+COLUMNS = (
+    *("epoch", "loss", "map", "learning_rate", "seconds", "tiles_per_second", "validation_tiles_per_second"),
+    *("host", "ended"),
+)
+"""Of an epoch's row in a trial's user attribute `epochs`."""
+
 
 class SearchError(UserError):
     """The search cannot run as asked."""
 
 
-class StudySearch(OptunaSearch):
-    """Ray Tune's OptunaSearch, telling the study what really happened.
+class Limits(tune.Stopper):
+    """The search's budgets: time and GPU-hours cut running trials off, patience begins no new ones."""
 
-    OptunaSearch tells COMPLETE with a low-budget value for a trial that the scheduler stopped, leaves NaN
-    trials RUNNING and forgets its queue. Here a stopped trial is PRUNED with its intermediate values, a
-    diverged or crashed one FAIL, and a waiting one (enqueued, or cut off earlier) is asked first. Each
-    suggestion is seeded by its trial's number, so a resumed study proposes what an uninterrupted one would.
+    def __init__(self, study: optuna.Study, config: SearchConfig) -> None:
+        """Start the clock."""
+        self._study, self._config = study, config
+        self._started = time.monotonic()
+        self.reached = ""
+        """Which limit ended the search; empty where none did."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the study out of Tune's own snapshot of the search, which is never restored."""
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Leave single trials to the scheduler."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Say whether the running trials are to be cut off; they wait in the study for a resumed search."""
+        seconds, hours = self._config.time_budget, self._config.gpu_hours
+        if seconds is not None and time.monotonic() - self._started >= seconds:
+            self.reached = "the time budget is used up"
+        elif hours is not None and gpu_hours(self._study) >= hours:
+            self.reached = f"the {hours:g} GPU-hours are used up"
+        else:
+            return False
+        return True
+
+    def no_more(self) -> bool:
+        """Say whether no new trial is to be begun."""
+        patience = self._config.patience
+        if patience is None or ended_without_gain(self._study) < patience:
+            return False
+        self.reached = f"no better score in the last {patience} trials"
+        return True
+
+
+class StudySearch(Searcher):
+    """Optuna behind Ray Tune, telling the study what really happened.
+
+    Ray's own OptunaSearch tells COMPLETE with a low-budget value for a trial that the scheduler stopped,
+    leaves NaN trials RUNNING and forgets its queue. Here a stopped trial is PRUNED with its intermediate
+    values, a diverged or crashed one FAIL, and a waiting one (enqueued, or cut off earlier) is asked first.
     """
 
     def __init__(
-        self, space: Space, storage: RDBStorage, *, epochs: int, seed: int, parallel: bool, workers: int = 1
+        self,
+        space: Space,
+        study: optuna.Study,
+        config: SearchConfig,
+        *,
+        parallel: bool,
+        resources: WorkerResources,
+        limits: Limits | None = None,
     ) -> None:
-        """Open or create the study.
+        """Keep what the search is made of.
 
         Args:
             space: what to draw from.
-            storage: where the study lives.
-            epochs: of a full trial.
-            seed: of the sampler and of every trial.
+            study: is asked and told.
+            config: epochs, seed and sampler.
             parallel: whether trials run side by side.
-            workers: of a trial, that share its batch.
+            resources: of a trial's workers.
+            limits: may end the search.
         """
-        super().__init__(
-            space=space.draw, metric=METRIC, mode="max", storage=storage, study_name=STUDY_NAME,
-            sampler=make_sampler(seed, 0, parallel),
-        )  # fmt: skip
-        self._saltray_space, self._epochs, self._base_seed, self._parallel = space, epochs, seed, parallel
-        self._workers = workers
-        self._reported: dict[str, set[int]] = {}
-
-    @property
-    def study(self) -> optuna.Study:
-        """The Optuna study."""
-        study: optuna.Study = self._ot_study  # type: ignore[assignment]
-        return study
+        super().__init__(metric=METRIC, mode="max")
+        self._space, self.study, self._config = space, study, config
+        self._parallel, self._resources, self._limits = parallel, resources, limits
+        self._trials: dict[str, optuna.Trial] = {}
+        self._epochs: dict[str, list[dict[str, Any]]] = {}
+        self._completed: set[str] = set()
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """Ask for the next trial's spec (`saltray.trial.run_trial`).
@@ -76,41 +127,63 @@ class StudySearch(OptunaSearch):
         Raises:
             SearchError: the space failed at `BAD_DRAWS` draws in a row.
         """
+        if self._limits is not None and self._limits.no_more():
+            return cast(dict[str, Any], Searcher.FINISHED)
+        config = self._config
         for _ in range(BAD_DRAWS):
             number = len(self.study.get_trials(deepcopy=False))
-            self.study.sampler = make_sampler(self._base_seed, number, self._parallel)
+            self.study.sampler = make_sampler(config.searcher, config.seed, number, self._parallel)
             trial = self.study.ask()
-            self._ot_trials[trial_id] = trial
+            self._trials[trial_id] = trial
             try:
-                config = self._saltray_space.config(trial, self._epochs, self._base_seed, self._workers)
+                drawn = self._space.config(trial, config.epochs, config.seed, self._resources.workers)
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
                 self.record_failure(trial_id, reason)
                 continue
-            self._reported[trial_id] = set(self.study.trials[trial.number].intermediate_values)
-            return {"number": trial.number, "config": config.to_dict(), "resume": checkpoint_of(trial)}
+            self._epochs[trial_id] = list(epochs_of(self.study.trials[trial.number]))
+            return {"number": trial.number, "config": drawn.to_dict(), "resume": checkpoint_of(trial)}
         raise SearchError(f"{BAD_DRAWS} draws in a row failed, the last with {reason}")
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record an epoch."""
-        if "diverged" in result or trial_id in self._completed_trials:
+        if "diverged" in result or trial_id in self._completed:
             return  # a trial may report once more while it is being stopped
-        trial, epoch = self._ot_trials[trial_id], int(result["epoch"])
-        if epoch not in self._reported[trial_id]:  # an epoch is done twice after a crash
-            self._reported[trial_id].add(epoch)
-            trial.report(result[METRIC], epoch)
+        trial, rows = self._trials[trial_id], self._epochs[trial_id]
+        epoch = int(result["epoch"])
+        if epoch not in {row["epoch"] for row in rows}:  # an epoch is done twice after a crash
+            # Not `trial.report`, which a study of two objectives refuses.
+            self.study._storage.set_trial_intermediate_value(trial._trial_id, epoch, result[METRIC])
+        # Tune hands a trial's last result over twice; an epoch that is done again takes another time.
+        last = rows[-1] if rows else {}
+        again = last.get("epoch") == epoch and last.get("seconds") == result.get("seconds")
+        if "loss" in result and not again:
+            more = {"host": result["node_ip"], "ended": datetime.now(UTC).isoformat(timespec="seconds")}
+            rows.append({name: (result | more)[name] for name in COLUMNS})
+            trial.set_user_attr("epochs", rows)
+        if len(rows) == 1:
+            trial.set_user_attr("parameters", result["parameters"])
+            workers, share = self._resources.workers, self._resources
+            trial.set_user_attr(
+                "hardware",
+                {
+                    "device": result["device"],
+                    "workers": workers,
+                    "cpus": share.cpus * workers,
+                    "gpus": share.gpus * workers,
+                },
+            )
         if "checkpoint_path" in result:
             self.record_checkpoint(trial_id, result["checkpoint_path"])
 
     def record_checkpoint(self, trial_id: str, path: str) -> None:
         """Record where a trial's newest checkpoint lies."""
-        if trial_id in self._completed_trials:
-            return
-        self._ot_trials[trial_id].set_user_attr("checkpoint", path)
+        if trial_id not in self._completed:
+            self._trials[trial_id].set_user_attr("checkpoint", path)
 
     def record_failure(self, trial_id: str, reason: str) -> None:
         """Record that a trial failed, and why."""
-        trial = self._ot_trials[trial_id]
+        trial = self._trials[trial_id]
         trial.set_user_attr("reason", reason)
         self.study.tell(trial, state=TrialState.FAIL)
 
@@ -118,23 +191,25 @@ class StudySearch(OptunaSearch):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Record a trial's end."""
-        if trial_id in self._completed_trials or trial_id not in self._ot_trials:
+        if trial_id in self._completed or trial_id not in self._trials:
             return
         if result and METRIC in result:
             self.on_trial_result(trial_id, result)
-        self._completed_trials.add(trial_id)
-        trial = self._ot_trials[trial_id]
+        self._completed.add(trial_id)
+        trial, rows = self._trials[trial_id], self._epochs[trial_id]
         if error:
             return  # Recorder knows why, and is asked next
         if not result or METRIC not in result:
             self.record_failure(trial_id, "it ended without a result")
             return
-        trial.set_user_attr("seconds", round(result["time_total_s"], 3))
+        trial.set_user_attr("seconds", round(sum(row["seconds"] for row in rows), 3))
         trial.set_user_attr("host", result["hostname"])
         if "diverged" in result:
             self.record_failure(trial_id, result["diverged"])
         elif result.get("finished"):
-            self.study.tell(trial, result[METRIC])
+            fastest = max((row["validation_tiles_per_second"] for row in rows), default=0.0)
+            values = [result[METRIC], fastest]
+            self.study.tell(trial, values[: len(self.study.directions)])
         else:
             self.study.tell(trial, state=TrialState.PRUNED)
 
@@ -170,42 +245,39 @@ def run_search(
     tiles: Tiles,
     chosen: Plan,
     folder: Path,
-    *,
-    trials: int,
-    epochs: int,
-    seed: int,
-    time_budget: float | None = None,
+    study: optuna.Study,
+    config: SearchConfig,
     callbacks: Sequence[tune.Callback] = (),
-) -> optuna.Study:
-    """Run trials until the study has `trials` ended ones, the time is up, or Ctrl-C.
+) -> str:
+    """Run trials until the study has enough ended ones, a budget is used up, or Ctrl-C.
 
     Args:
         space: what to search.
         tiles: the decoded tiles, shared for the plan's workers.
         chosen: from `plan`.
-        folder: the run's folder; holds or gets `study.db` and `trials/`.
-        trials: ended trials wanted in the study as a whole.
-        epochs: of a full trial.
-        seed: of the sampler and of every trial.
-        time_budget: seconds after which running trials are cut off.
+        folder: the run's folder; gets `trials/`.
+        study: is asked and told; `config.trials` counts all its own ended trials.
+        config: the engine and the budgets.
         callbacks: further Tune callbacks.
 
     Returns:
-        The study.
+        Which limit ended the search; empty where all trials came to an end.
     """
-    storage = open_storage(folder)
-    workers, parallel = chosen.resources.workers, chosen.concurrency > 1
-    searcher = StudySearch(space, storage, epochs=epochs, seed=seed, parallel=parallel, workers=workers)
-    study = searcher.study
-    requeue(storage, study)
+    requeue(study)
     if not study.get_trials(deepcopy=False) and space.first is not None:
         study.enqueue_trial(space.first)
-    left = trials - count(study).ended
+    left = config.trials - count(study).ended
     if left < 1:
-        return study
+        return ""
+    limits = Limits(study, config)
+    if limits.no_more():
+        return limits.reached
+    resources = chosen.resources
+    searcher = StudySearch(
+        space, study, config, parallel=chosen.concurrency > 1, resources=resources, limits=limits
+    )
     storage_path = folder / "trials"
     session = f"session-{len(list(storage_path.glob('session-*'))) + 1:02d}"
-    resources = chosen.resources
     # The trial of several workers only drives them; each worker asks for its own.
     asked = resources.training() if resources.workers == 1 else {"CPU": 0.01}
     trainable = tune.with_parameters(
@@ -215,10 +287,9 @@ def run_search(
         tune.with_resources(trainable, asked),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=StudyASHA(epochs, study.get_trials(deepcopy=False)),
+            scheduler=make_scheduler(config.scheduler, config.epochs, study.get_trials(deepcopy=False)),
             num_samples=left,
             max_concurrent_trials=chosen.concurrency,
-            time_budget_s=time_budget,
             reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
@@ -226,6 +297,7 @@ def run_search(
         run_config=tune.RunConfig(
             name=session,
             storage_path=str(storage_path),
+            stop=limits,
             verbose=0,
             log_to_file=True,
             callbacks=[Recorder(searcher), *callbacks],
@@ -237,8 +309,8 @@ def run_search(
     try:
         tuner.fit()
     finally:
-        requeue(storage, study)
-    return study
+        requeue(study)
+    return limits.reached
 
 
 def _trial_name(trial: Any) -> str:

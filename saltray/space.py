@@ -1,5 +1,6 @@
 """Search spaces: Python files with a function `space(trial)`, loaded by path, checked before the search."""
 
+import difflib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import optuna
 import torch
+from optuna.trial import FrozenTrial
 
 from saltray.config import TrialConfig, UserError
 from saltray.model import build_model
@@ -74,18 +76,53 @@ def load(path: Path) -> Space:
     return Space(draw, getattr(module, "FIRST", None), path)
 
 
-def check(space: Space, *, epochs: int, seed: int, workers: int, samples: int = 20) -> list[TrialConfig]:
-    """Draw samples, the first trial's among them, and build each network (without memory for it).
+def refuse_change(before: str, path: Path) -> None:
+    """Refuse a space that is no longer what its study began with.
+
+    Args:
+        before: its source as the study keeps it; empty where it keeps none.
+        path: of the file now.
+
+    Raises:
+        SpaceError: with the difference.
+    """
+    now = path.read_text()
+    if before and now != before:
+        lines = difflib.unified_diff(
+            before.splitlines(), now.splitlines(), "the study's", str(path), lineterm=""
+        )
+        raise SpaceError(
+            f"{path}: not the space that this study began with:\n" + "\n".join(lines) + "\n"
+            "Undo the change to go on with the run; or start a new one from its results: "
+            "--space FILE --warm-start RUN"
+        )
+
+
+def _check_first(space: Space) -> None:
+    """Refuse first parameters that lack one, or that are outside what the space draws."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            space.draw(optuna.trial.FixedTrial(space.first or {}))
+    except Exception as error:
+        raise SpaceError(f"{space.path}: FIRST: {type(error).__name__}: {error}") from error
+
+
+def sample(
+    space: Space, samples: int, *, epochs: int, seed: int, workers: int
+) -> list[tuple[FrozenTrial, TrialConfig]]:
+    """Draw samples, the first trial's in front of them, and build each network (without memory for it).
 
     Raises:
         SpaceError: a draw fails, is no valid configuration, or does not fit the number of workers.
     """
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
-    trials: list[optuna.trial.BaseTrial] = [study.ask() for _ in range(samples)]
     if space.first is not None:
-        trials.insert(0, optuna.trial.FixedTrial(space.first))
-    configs = []
-    for trial in trials:
+        _check_first(space)
+        study.enqueue_trial(space.first)
+    drawn = []
+    for number in range(samples):
+        trial = study.ask()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # a first value outside its range is only warned of
@@ -95,7 +132,6 @@ def check(space: Space, *, epochs: int, seed: int, workers: int, samples: int = 
         except SpaceError:
             raise
         except Exception as error:
-            what = "FIRST" if isinstance(trial, optuna.trial.FixedTrial) else "space(trial)"
-            raise SpaceError(f"{space.path}: {what}: {type(error).__name__}: {error}") from error
-        configs.append(config)
-    return configs
+            raise SpaceError(f"{space.path}: space(trial): {type(error).__name__}: {error}") from error
+        drawn.append((study.trials[number], config))
+    return drawn

@@ -1,16 +1,43 @@
-"""The lasting Optuna study of a run: the one truth of what was tried, and what came of it."""
+"""The lasting Optuna study of a run: the one truth of what was tried, and what came of it.
 
+By default it is `study.db` (SQLite) in the run's folder; a team may keep its studies in one PostgreSQL
+server. Trials carry user attributes: `epochs` (a row for each epoch that was done, redone ones twice),
+`checkpoint`, `hardware`, `seconds`, `host`, and for failed ones `reason`. A trial taken over from another run
+carries `adopted`, and counts neither as this run's nor as its best.
+"""
+
+import sqlite3
+import warnings
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
+import sqlalchemy
+import sqlalchemy.exc
+from optuna.distributions import BaseDistribution
+from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import URL
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
-from saltray.config import UserError
+from saltray.config import Objective, UserError
 
 STUDY_NAME = "saltray"
+"""Of the one study in a run's own `study.db`."""
+
+FORMAT = 1
+"""Of the study's attributes; a newer one is refused."""
+
+METRICS: dict[Objective, list[str]] = {
+    "map": ["validation mAP"],
+    "map+speed": ["validation mAP", "tiles per second"],
+}
+"""What each objective maximizes."""
+
+PROPOSALS = 5
+"""How many of another run's best parameters are tried first where its scores do not compare."""
 
 
 class StudyError(UserError):
@@ -19,7 +46,7 @@ class StudyError(UserError):
 
 @dataclass(frozen=True)
 class Counts:
-    """A study's trials by what became of them."""
+    """A study's own trials by what became of them."""
 
     complete: int
     pruned: int
@@ -32,42 +59,157 @@ class Counts:
         return self.complete + self.pruned + self.failed
 
 
-def open_storage(folder: Path) -> RDBStorage:
-    """Open the run's study database; it is created when absent.
+@dataclass(frozen=True)
+class Place:
+    """Where a study lies: in a run's folder, or under a name in a database server."""
+
+    folder: Path
+    url: str | None = None
+    name: str = STUDY_NAME
+
+    def __str__(self) -> str:
+        """Return the file, or the server and the study's name; never a password."""
+        return (
+            f"{without_password(self.url)}, study {self.name}" if self.url else str(self.folder / "study.db")
+        )
+
+
+def without_password(url: str) -> str:
+    """Return a database's URL without its password, which must not reach a file or a log.
 
     Raises:
-        StudyError: the file is no database of Optuna's, or of another version.
+        StudyError: it is no URL of a database server that Optuna knows.
     """
-    file = folder / "study.db"
     try:
+        parts = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        raise StudyError(f"--study {url}: not a URL such as postgresql://user@host/database") from None
+    if parts.get_backend_name() not in ("postgresql", "mysql"):
+        raise StudyError(
+            f"--study {parts.get_backend_name()}://...: a PostgreSQL or MySQL server is meant "
+            "(postgresql://user@host/database); without --study it is an SQLite file in the run's folder"
+        )
+    query = {name: value for name, value in parts.query.items() if name != "password"}
+    open_part = (parts.drivername, parts.username, None, parts.host, parts.port, parts.database)
+    return sqlalchemy.URL.create(*open_part, query=query).render_as_string()
+
+
+def open_storage(place: Place) -> RDBStorage:
+    """Open the database; SQLite's file is created when absent.
+
+    Raises:
+        StudyError: it cannot be reached, or is no database of Optuna's, or of another version of it.
+    """
+    if place.url is None:
+        file = place.folder / "study.db"
+        if file.exists():
+            _check_file(file)
         # Made, not written: a path may hold what means something in a URL.
-        url = URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-    except Exception as error:
-        raise StudyError(f"{file}: not a readable Optuna study: {error}") from error
-
-
-def create_study(folder: Path) -> optuna.Study:
-    """Open the run's study; it is created when absent. Raises StudyError."""
-    storage = open_storage(folder)
-    return optuna.create_study(
-        storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
-    )
-
-
-def load_study(folder: Path) -> optuna.Study:
-    """Open the study of a run; raises StudyError."""
-    if not (folder / "study.db").is_file():
-        raise StudyError(f"{folder}: no study.db in it; not the folder of a run")
+        url = sqlalchemy.URL.create("sqlite", database=str(file)).render_as_string()
+        options: dict[str, Any] = {"connect_args": {"timeout": 60}}
+    else:
+        without_password(place.url)
+        url, options = place.url, {"pool_pre_ping": True}
     try:
-        return optuna.load_study(study_name=STUDY_NAME, storage=open_storage(folder))
+        return RDBStorage(url, engine_kwargs=options)
+    except ModuleNotFoundError as error:
+        raise StudyError(
+            f"{place}: needs the package {error.name}: pip install 'saltray[postgresql]'"
+        ) from None
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise StudyError(f"{place}: no Optuna database that can be used: {reason}") from None
+
+
+def _check_file(file: Path) -> None:
+    """Refuse a file that Optuna would fail at, or write its tables into; it is only read."""
+    try:
+        with closing(
+            sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
+        ) as database:
+            answer = database.execute("PRAGMA quick_check").fetchone()[0]
+            tables = {
+                row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            }
+    except sqlite3.Error as error:
+        raise StudyError(f"{file}: damaged, or no SQLite database: {error}") from None
+    if answer != "ok":
+        raise StudyError(f"{file}: damaged: {answer}. Mend it from a copy, or start a new run")
+    if tables and not {"studies", "trials", "version_info"} <= tables:
+        raise StudyError(f"{file}: a database, but not of Optuna's; not the study of a run")
+
+
+def refuse_taken_name(place: Place) -> None:
+    """Raise a StudyError where a server holds a study of that name already, or cannot be reached."""
+    if place.url is not None and place.name in optuna.get_all_study_names(open_storage(place)):
+        raise StudyError(
+            f"{place}: there is such a study already. To go on with it: --resume and its run's folder; "
+            "to start a new one: another --out, whose last part names the study"
+        )
+
+
+def create_study(place: Place, objective: Objective = "map", space: str = "") -> optuna.Study:
+    """Create the study of a new run.
+
+    Args:
+        place: where; a server must not hold a study of that name yet.
+        objective: what is maximized.
+        space: the search space's source, kept to show what changed if it ever does.
+
+    Raises:
+        StudyError: the database cannot be used, or the name is taken there.
+    """
+    refuse_taken_name(place)
+    study = optuna.create_study(
+        storage=open_storage(place),
+        study_name=place.name,
+        directions=["maximize"] * len(METRICS[objective]),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(METRICS[objective])
+    for name, value in {"format": FORMAT, "space": space}.items():
+        study.set_user_attr(name, value)
+    return study
+
+
+def load_study(place: Place | Path) -> optuna.Study:
+    """Open the study of a run; a folder means its own `study.db`.
+
+    Raises:
+        StudyError: there is none, it is damaged, of a newer saltray, or of another metric.
+    """
+    place = place if isinstance(place, Place) else Place(place)
+    if place.url is None and not (place.folder / "study.db").is_file():
+        raise StudyError(f"{place.folder}: no study.db in it; not the folder of a run")
+    storage = open_storage(place)
+    try:
+        study = optuna.load_study(study_name=place.name, storage=storage)
     except KeyError:
-        raise StudyError(f"{folder / 'study.db'}: holds no study of saltray's") from None
+        names = ", ".join(optuna.get_all_study_names(storage)) or "none"
+        raise StudyError(f"{place}: no such study in it; there are: {names}") from None
+    version = study.user_attrs.get("format", FORMAT)
+    if version > FORMAT:
+        raise StudyError(f"{place}: written by a newer saltray (format {version}); update saltray")
+    if study.metric_names not in METRICS.values():
+        held = ", ".join(study.metric_names or ["an unnamed one"])
+        raise StudyError(f"{place}: a study of another metric ({held}); saltray's is {METRICS['map'][0]}")
+    return study
+
+
+def objective_of(study: optuna.Study) -> Objective:
+    """Return what a study maximizes."""
+    return "map" if len(study.directions) == 1 else "map+speed"
+
+
+def own_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials of this run, without those it took over from another; not to be changed."""
+    return [t for t in study.get_trials(deepcopy=False) if "adopted" not in t.user_attrs]
 
 
 def count(study: optuna.Study) -> Counts:
-    """Count the trials by what became of them."""
-    states = [t.state for t in study.get_trials(deepcopy=False)]
+    """Count a study's own trials by what became of them; a running one waits for the next session."""
+    states = [t.state for t in own_trials(study)]
     return Counts(
         states.count(TrialState.COMPLETE),
         states.count(TrialState.PRUNED),
@@ -79,6 +221,34 @@ def count(study: optuna.Study) -> Counts:
 def score(trial: FrozenTrial) -> float:
     """Return a trial's best validation mAP so far; -1 where none is known."""
     return max(trial.intermediate_values.values(), default=-1.0)
+
+
+def epochs_of(trial: FrozenTrial) -> list[dict[str, Any]]:
+    """Return a row for each epoch that a trial did, in the order they were done; a redone one is there twice.
+
+    A row has `epoch` (from 1), `loss`, `map`, `learning_rate`, `seconds`, `tiles_per_second` (in training),
+    `validation_tiles_per_second`, `host` (its address) and `ended` (ISO 8601, UTC).
+    """
+    rows: list[dict[str, Any]] = trial.user_attrs.get("epochs", [])
+    return rows
+
+
+def gpu_hours(study: optuna.Study) -> float:
+    """Return the GPU-hours that the study's own trials took, over all sessions."""
+    hours: float = sum(
+        row["seconds"] * t.user_attrs["hardware"]["gpus"] / 3600
+        for t in own_trials(study)
+        if "hardware" in t.user_attrs
+        for row in epochs_of(t)
+    )
+    return hours
+
+
+def ended_without_gain(study: optuna.Study) -> int:
+    """Return how many trials have ended since the one with the best score; failed ones are left out."""
+    ended = [t for t in own_trials(study) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    scores = [score(t) for t in sorted(ended, key=lambda t: (t.datetime_complete, t.number))]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
 def checkpoint_of(trial: FrozenTrial | optuna.Trial) -> str | None:
@@ -95,14 +265,87 @@ def best_trial(study: optuna.Study) -> FrozenTrial:
     Raises:
         StudyError: no trial has one.
     """
-    usable = [t for t in study.trials if t.intermediate_values and checkpoint_of(t)]
+    own = own_trials(study)
+    usable = [t for t in own if t.intermediate_values and checkpoint_of(t)]
     if not usable:
-        reasons = {t.user_attrs["reason"] for t in study.trials if "reason" in t.user_attrs}
+        reasons = {t.user_attrs["reason"] for t in own if "reason" in t.user_attrs}
         raise StudyError(f"no trial reached the end of an epoch. {'; '.join(sorted(reasons))}".rstrip())
     return max(usable, key=score)
 
 
-def requeue(storage: RDBStorage, study: optuna.Study) -> None:
+def requeue(study: optuna.Study) -> None:
     """Let trials that were cut off wait for the next session, with their parameters and checkpoint."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+
+
+def adopt(
+    study: optuna.Study, other: optuna.Study, draw: Callable[[BaseTrial], Any], origin: str, *, compares: bool
+) -> int:
+    """Start a study from the results of another, of which the spaces may only overlap.
+
+    Of each ended trial, the parameters that the new space draws as well, with a value it allows, are kept.
+    Where the scores compare they are taken over as results, from which the sampler learns; else the best
+    `PROPOSALS` are only proposed first.
+
+    Args:
+        study: the new one.
+        other: its trials are read.
+        draw: the new space.
+        origin: what `other` is called, for the record.
+        compares: whether a score means the same in both: the same tiles, split, epochs and objective.
+
+    Returns:
+        How many trials were taken over or proposed.
+    """
+    ended = [
+        t for t in other.get_trials(deepcopy=False) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    ]
+    if not compares:
+        ended = sorted(ended, key=score, reverse=True)[:PROPOSALS]
+    known = [(trial, _overlap(trial, draw)) for trial in ended]
+    known = [(trial, drawn) for trial, drawn in known if drawn.params]
+    for trial, drawn in known:
+        if not compares:
+            study.enqueue_trial(drawn.params, skip_if_exists=True)
+            continue
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=trial.state,
+                values=trial.values,
+                params=drawn.params,
+                distributions=drawn.distributions,
+                intermediate_values=trial.intermediate_values,
+                user_attrs={"adopted": f"{origin} trial {trial.number}"},
+            )
+        )
+    return len(known)
+
+
+def _overlap(trial: FrozenTrial, draw: Callable[[BaseTrial], Any]) -> FrozenTrial:
+    """Return a trial with those parameters alone that the new space draws, with the new distributions."""
+    scratch = optuna.create_study(sampler=_Follow(trial.params))
+    draw(scratch.ask())
+    drawn = scratch.trials[0]
+    kept = {k: v for k, v in drawn.params.items() if k in trial.params and trial.params[k] == v}
+    return optuna.trial.create_trial(
+        value=0.0, params=kept, distributions={k: drawn.distributions[k] for k in kept}
+    )
+
+
+class _Follow(RandomSampler):
+    """Draws another trial's values where the distributions allow them."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(seed=0)
+        self._values = values
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution
+    ) -> Any:
+        try:
+            if distribution._contains(distribution.to_internal_repr(self._values[name])):
+                return self._values[name]
+        except (KeyError, TypeError, ValueError):
+            pass  # unknown there, or of another kind
+        return super().sample_independent(study, trial, name, distribution)

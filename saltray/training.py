@@ -55,7 +55,7 @@ def fit(
 
     Each epoch is reported with `epoch` (from 1), `loss`, `map` (this epoch's validation mAP), `best_map`
     (the best so far, of the weights in the checkpoint), `learning_rate`, `seconds`, `tiles_per_second`
-    (training alone), `parameters` and `finished`.
+    (in training), `validation_tiles_per_second`, `parameters` and `finished`.
 
     Args:
         config: the trial.
@@ -100,7 +100,8 @@ def fit(
         if not math.isfinite(loss):
             raise Diverged(epoch, loss)
         _broadcast_buffers(model)
-        score = evaluate(model, validation_batches(), device, amp)
+        score, validated = evaluate(model, validation_batches(), device, amp)
+        seconds = time.perf_counter() - trained
         history.append(score)
         if epochs_since_best(history) == 0:
             best_weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
@@ -113,6 +114,7 @@ def fit(
             "learning_rate": rate,
             "seconds": time.perf_counter() - started,
             "tiles_per_second": tiles / (trained - started),
+            "validation_tiles_per_second": validated / seconds,
             "parameters": count_parameters(model),
             "finished": finished,
         }
@@ -152,8 +154,10 @@ def train_epoch(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches, device: torch.device, amp: torch.dtype | None) -> float:
-    """Return the contest's metric at probability 0.5 over all workers' tiles, each counted once."""
+def evaluate(
+    model: nn.Module, batches: Batches, device: torch.device, amp: torch.dtype | None
+) -> tuple[float, int]:
+    """Return the contest's metric at probability 0.5 and the number of tiles, over all workers."""
     model.eval()
     intersections, unions = [], []
     for batch in batches:
@@ -171,7 +175,7 @@ def evaluate(model: nn.Module, batches: Batches, device: torch.device, amp: torc
     sums = torch.tensor([precisions.sum(), len(precisions)], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    return float(sums[0] / sums[1])
+    return float(sums[0] / sums[1]), int(sums[1])
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -4,6 +4,7 @@ One worker runs in Ray Train's local mode, inside Tune's own actor, which is reu
 trial then costs about a second beside its training. Several workers run under `TorchTrainer` with DDP.
 """
 
+import platform
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,14 @@ def _device(resources: WorkerResources) -> torch.device:
     return torch.device("cuda") if resources.workers == 1 else get_device()
 
 
+def cpu_name() -> str:
+    """Return the processor's name as Linux tells it, or its architecture."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources) -> None:
     """Train on this worker's share of the tiles."""
     config = TrialConfig.from_dict(spec["config"])
@@ -111,6 +120,9 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
     # Inside Tune's actor, Ray Train's context is not to be asked.
     rank = 0 if alone else train.get_context().get_world_rank()
     torch.set_num_threads(max(1, round(resources.cpus)))
+
+    device = _device(resources)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
     def training_batches(epoch: int) -> training.Batches:
         return stream.epoch_stream(
@@ -127,7 +139,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         checkpoint = train.Checkpoint.from_directory(folder) if folder else None
-        (tune if alone else train).report(metrics, checkpoint=checkpoint)
+        (tune if alone else train).report(metrics | {"device": name}, checkpoint=checkpoint)
 
     last = tune.get_checkpoint() if alone else train.get_checkpoint()
     if last is None and spec["resume"]:
@@ -139,7 +151,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
                 training_batches,
                 validation_batches,
                 report,
-                device=_device(resources),
+                device=device,
                 resume=Path(folder) if folder else None,
             )
         except training.Diverged as error:

@@ -2,306 +2,192 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from saltray.cli import bundled_space, located, parse_duration, prepare_to_join, run_program
-from saltray.config import UserError
+from saltray.config import Objective, Scheduler, Searcher, UserError
 
 # Heavy imports wait until they are needed, so that --help answers at once.
 if TYPE_CHECKING:
-    import optuna
-    import ray.data
-    from rich.console import Console
-
     from saltray import run
-    from saltray import space as spaces
-    from saltray.plan import Plan
 
 DEMO = {"trials": 6, "epochs": 8}
-DEFAULTS = {"trials": 20, "epochs": 50}
-FOLDS = 5  # fold 0 validates: an 80/20 split
+
+RUN, ENGINE, BUDGET, MACHINES = "The run", "The engine", "The budget", "The machines"
 
 
 def main(
     data: Annotated[
-        str | None, typer.Option(help="The contest's folder, a path or URI. Without it: synthetic tiles.")
+        str | None,
+        typer.Option(
+            help="The contest's folder, a path or URI. Without it: synthetic tiles.", rich_help_panel=RUN
+        ),
     ] = None,
-    space: Annotated[Path | None, typer.Option(help="Python file of the search space; it is run.")] = None,
-    trials: Annotated[int | None, typer.Option(help="Trials to bring to an end. Default: 20.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of a full trial. Default: 50.")] = None,
-    time_budget: Annotated[str | None, typer.Option(help="When to stop searching: 90s, 30m, 1h30m.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The new run's folder. Default: runs/SPACE-TIME.")] = None,
+    space: Annotated[
+        Path | None,
+        typer.Option(help="Python file of the search space; it is run.", rich_help_panel=RUN),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The new run's folder. Default: runs/SPACE-TIME.", rich_help_panel=RUN),
+    ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with this run; trials, budget and resources may change.")
+        Path | None,
+        typer.Option(
+            help="Go on with this run; the engine, budgets and resources may change.", rich_help_panel=RUN
+        ),
+    ] = None,
+    warm_start: Annotated[
+        Path | None,
+        typer.Option(help="Start from the results of this run; the spaces may differ.", rich_help_panel=RUN),
+    ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep the study in a server: postgresql://user@host/database. Default: SQLite in the run.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the space and the plan, and stop.", rich_help_panel=RUN)
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad tiles out.", rich_help_panel=RUN)
+    ] = False,
+    searcher: Annotated[
+        Searcher | None, typer.Option(help="What proposes trials. Default: tpe.", rich_help_panel=ENGINE)
+    ] = None,
+    scheduler: Annotated[
+        Scheduler | None,
+        typer.Option(help="What stops trials early. Default: asha.", rich_help_panel=ENGINE),
+    ] = None,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(
+            help="What to maximize; map+speed gives a Pareto front. Default: map.", rich_help_panel=ENGINE
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the split, the sampler and every trial. Default: 0.", rich_help_panel=ENGINE),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Trials to bring to an end. Default: 20.", rich_help_panel=BUDGET)
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of a full trial. Default: 50.", rich_help_panel=BUDGET)
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(help="When to stop searching: 90s, 30m, 1h30m.", rich_help_panel=BUDGET),
+    ] = None,
+    gpu_hours: Annotated[
+        float | None,
+        typer.Option(help="GPU-hours of all trials together.", rich_help_panel=BUDGET),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Stop when so many ended trials brought no better score.", rich_help_panel=BUDGET),
     ] = None,
     workers_per_trial: Annotated[
-        int | None, typer.Option(help="Data-parallel workers of a trial. Default: 1.")
+        int | None,
+        typer.Option(help="Data-parallel workers of a trial. Default: 1.", rich_help_panel=MACHINES),
     ] = None,
     gpus_per_trial: Annotated[
         float | None,
-        typer.Option(help="GPUs of each worker: 0, 0.25, 0.5, 1 ... Default: 1 where there are any."),
+        typer.Option(
+            help="GPUs of each worker: 0, 0.25, 0.5, 1 ... Default: 1 where there are any.",
+            rich_help_panel=MACHINES,
+        ),
     ] = None,
     cpus_per_trial: Annotated[
-        float | None, typer.Option(help="CPUs of each worker. Default: computed.")
+        float | None, typer.Option(help="CPUs of each worker. Default: computed.", rich_help_panel=MACHINES)
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="A running Ray cluster to join: auto, or its address.")
+        str | None,
+        typer.Option(help="A running Ray cluster to join: auto, or its address.", rich_help_panel=MACHINES),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the split, the sampler and every trial. Default: 0.")
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad tiles out.")] = False,
 ) -> None:
     """Search for the best salt-segmentation model, and write the submission with it.
 
     Without any argument: a demonstration on synthetic tiles, in less than five minutes on two CPU cores.
     """
     prepare_to_join(address)
-    from saltray import run
+    from saltray import session
+    from saltray.study import without_password
 
+    free = {
+        "searcher": searcher,
+        "scheduler": scheduler,
+        "trials": trials,
+        "gpu_hours": gpu_hours,
+        "patience": patience,
+        "workers_per_trial": workers_per_trial,
+        "gpus_per_trial": gpus_per_trial,
+        "cpus_per_trial": cpus_per_trial,
+    }
+    fixed = {"epochs": epochs, "seed": seed, "objective": objective, "skip_bad": skip_bad or None}
     budget = parse_duration(time_budget)
+    server = without_password(study) if study else None
     if resume is not None:
-        fixed = {"data": data, "space": space, "out": out, "epochs": epochs, "seed": seed}
-        given = [name for name, value in {**fixed, "skip-bad": skip_bad or None}.items() if value is not None]
-        if given:
-            raise UserError(f"--{given[0]}: a resumed run keeps its own; leave it out")
-        asked: dict[str, Any] = {
-            "trials": trials,
-            "workers_per_trial": workers_per_trial,
-            "cpus_per_trial": cpus_per_trial,
-            "gpus_per_trial": gpus_per_trial,
-        }
-        changes = {k: v for k, v in asked.items() if v is not None} | {"time_budget": budget}
-        settings = run.read_settings(resume).model_copy(update=changes)
-        run_session(resume.resolve(), settings, address, resumed=True)
+        kept = {"data": data, "out": out, "warm_start": warm_start, "dry_run": dry_run or None}
+        _refuse_given(kept | fixed)
+        settings = _resumed(resume.resolve(), space, server, free | {"time_budget": budget})
+        session.resume(resume.resolve(), settings, address=address, url=study)
         return
-    standard = DEFAULTS if data else DEMO
+    if data is None:
+        free = {**free, "trials": DEMO["trials"] if trials is None else trials}
+        fixed = {**fixed, "epochs": DEMO["epochs"] if epochs is None else epochs}
     space = space or bundled_space("unet" if data else "demo")
     folder = (out or Path("runs") / f"{space.stem}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
-    settings = run.Settings(
-        data=located(data) if data else str(folder / "demo" / "data"),
-        space=str(space.resolve()),
-        trials=standard["trials"] if trials is None else trials,
-        epochs=standard["epochs"] if epochs is None else epochs,
-        seed=0 if seed is None else seed,
-        time_budget=budget,
-        workers_per_trial=1 if workers_per_trial is None else workers_per_trial,
-        cpus_per_trial=cpus_per_trial,
-        gpus_per_trial=gpus_per_trial,
-        skip_bad=skip_bad,
-    )
-    run_session(folder, settings, address, resumed=False)
+    place = {"study": server, "study_name": folder.name if server else None, "time_budget": budget}
+    where = {"data": located(data) if data else str(session.demo_data(folder)), "space": str(space.resolve())}
+    settings = _settings({**where, **place, **free, **fixed})
+    if dry_run:
+        from saltray import preview
+
+        preview.show(settings, address=address)
+        return
+    session.start(folder, settings, address=address, url=study, warm_start=warm_start)
 
 
-class Data(NamedTuple):
-    """The decoded tiles, the submission's ids in their order, and a hash of the labels and the split."""
+def _settings(values: dict[str, Any]) -> run.Settings:
+    """Make settings of the options that were given; raises UserError naming the option."""
+    from saltray import run
 
-    training: ray.data.Dataset
-    validation: ray.data.Dataset
-    test: ray.data.Dataset
-    ids: list[str]
-    fingerprint: str
+    try:
+        return run.Settings.model_validate({k: v for k, v in values.items() if v is not None})
+    except ValidationError as error:
+        lines = [
+            f"--{str(e['loc'][0]).replace('_', '-')} {e['input']}: {e['msg']}" if e["loc"] else e["msg"]
+            for e in error.errors()
+        ]
+        raise UserError("; ".join(lines)) from None
 
 
-def run_session(folder: Path, settings: run.Settings, address: str | None, *, resumed: bool) -> None:
-    """Check everything, search, predict, tell. Nothing is written before all is checked."""
-    from rich.console import Console
+def _refuse_given(options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')}: a resumed run keeps its own; leave it out")
 
+
+def _resumed(folder: Path, space: Path | None, server: str | None, changes: dict[str, Any]) -> run.Settings:
+    """Return a run's settings with this session's changes."""
     from saltray import run
     from saltray import space as spaces
-    from saltray.plan import plan
-    from saltray.study import best_trial
 
-    console = Console(file=sys.stdout, highlight=False)
-    if settings.trials < 1 or settings.epochs < 1:
-        raise UserError(f"--trials {settings.trials} --epochs {settings.epochs}: at least 1 of each")
-    space = spaces.load(folder / "space.py" if resumed else Path(settings.space))
-    with run.quiet(None):
-        spaces.check(space, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial)
-    if not resumed:
-        run.refuse_taken(folder)
-    with console.status("starting Ray"), run.quiet(None):
-        dashboard = run.connect(address)
-    try:
-        chosen = plan(
-            run.nodes(),
-            trials=settings.trials,
-            workers=settings.workers_per_trial,
-            cpus=settings.cpus_per_trial,
-            gpus=settings.gpus_per_trial,
-        )
-        if not resumed and settings.data == str(folder / "demo" / "data"):
-            _make_demo(folder / "demo", settings.seed, console)
-        with console.status("reading and checking the tiles"), run.quiet(None):
-            data, left_out = _read(settings)
-        if not resumed:
-            run.create(folder, Path(settings.space))
-        with run.locked(folder):
-            run.write_settings(folder, settings, data.fingerprint)
-            _tell_start(console, data, left_out, settings, chosen, dashboard)
-            study = _search(folder, settings, space, chosen, data, console)
-            with console.status("predicting"), run.quiet(folder / "logs" / "predict.log"):
-                best = best_trial(study)
-                facts = _predict(folder, best, data)
-        _tell_end(console, folder, settings, study, best, facts)
-    finally:
-        run.disconnect()
-
-
-def _make_demo(folder: Path, seed: int, console: Console) -> None:
-    from saltray import demo
-
-    console.print("No --data: making synthetic seismic tiles.")
-    demo.write(folder, train=400, test=200, seed=seed)
-
-
-def _read(settings: run.Settings) -> tuple[Data, dict[str, str]]:
-    """Read, decode and check all tiles; return them and what was left out."""
-    from saltray import dataset
-
-    folder = dataset.open_folder(settings.data)
-    train, test = dataset.read_train(folder), dataset.read_test(folder)
-    fold = dataset.stratified_folds(train.rows["coverage"], FOLDS, settings.seed)
-    parts, problems = [], train.problems | test.problems
-    for table in (train.where(fold != 0), train.where(fold == 0), test):
-        tiles, bad = dataset.decode(table)
-        parts.append(tiles)
-        problems |= bad
-    if not settings.skip_bad:
-        dataset.refuse(problems, settings.data)
-    fingerprint = dataset.fingerprint(train, fold)
-    return Data(parts[0], parts[1], parts[2], test.ids, fingerprint), problems
-
-
-def _search(
-    folder: Path,
-    settings: run.Settings,
-    space: spaces.Space,
-    chosen: Plan,
-    data: Data,
-    console: Console,
-) -> optuna.Study:
-    from saltray import run, search
-    from saltray.study import create_study
-    from saltray.trial import Tiles
-    from saltray.view import LiveView
-
-    log = folder / "logs" / "search.log"
-    with run.quiet(log):
-        study = create_study(folder)
-    view = LiveView(
-        console, study, trials=settings.trials, epochs=settings.epochs, time_budget=settings.time_budget
-    )
-    with view, run.quiet(log):
-        return search.run_search(
-            space,
-            Tiles.share(data.training, data.validation, chosen.resources.workers),
-            chosen,
-            folder,
-            trials=settings.trials,
-            epochs=settings.epochs,
-            seed=settings.seed,
-            time_budget=settings.time_budget,
-            callbacks=[view],
-        )
-
-
-def _predict(folder: Path, best: optuna.trial.FrozenTrial, data: Data) -> dict[str, Any]:
-    """Choose the threshold, write the best model and the submission; return what is known of it."""
-    from saltray import inference, run, submission
-
-    model = run.stage_best(folder, best.user_attrs["checkpoint"])
-    threshold, scores = inference.calibrate(model, data.validation)
-    facts = {"threshold": threshold, "validation_map": scores[f"{threshold:.2f}"], "scores": scores}
-    run.add_metrics(model, {"trial": best.number} | facts)
-    codes = inference.segment(model, data.test, threshold)
-    run.publish_best(model)
-    submission.write(folder / "submission.csv", data.ids, codes)
-    return facts
-
-
-def _tell_start(
-    console: Console,
-    data: Data,
-    left_out: dict[str, str],
-    settings: run.Settings,
-    chosen: Plan,
-    dashboard: str,
-) -> None:
-    if left_out:
-        console.print(f"[yellow]{len(left_out)} bad tiles left out[/], such as {min(left_out)}")
-    resources = chosen.resources
-    gpus = f" and {resources.gpus:g} GPUs" if resources.gpus else ""
-    console.print(
-        f"[bold]{data.training.count()}[/] training, [bold]{data.validation.count()}[/] validation, "
-        f"[bold]{data.test.count()}[/] test tiles.  [bold]{settings.trials}[/] trials of up to "
-        f"[bold]{settings.epochs}[/] epochs, [bold]{chosen.concurrency}[/] side by side, "
-        f"{resources.workers} x {resources.cpus:g} CPUs{gpus} each.",
-        soft_wrap=True,
-    )
-    if dashboard:
-        console.print(f"Ray's dashboard: {dashboard}")
-
-
-def _tell_end(
-    console: Console,
-    folder: Path,
-    settings: run.Settings,
-    study: optuna.Study,
-    best: optuna.trial.FrozenTrial,
-    facts: dict[str, Any],
-) -> None:
-    from rich.markup import escape
-
-    from saltray import submission
-    from saltray.study import count, score
-    from saltray.view import text
-
-    counts = count(study)
-    waiting = f", {counts.waiting} cut off" if counts.waiting else ""
-    lines = {
-        "best": f"[bold green]trial {best.number}[/]  {text(best.params)}",
-        "validation mAP": f"[bold]{score(best):.4f}[/] at probability 0.50, "
-        f"[bold]{facts['validation_map']:.4f}[/] at {facts['threshold']:.2f}, chosen on these tiles",
-        "trials": f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed"
-        + waiting,
-    }
-    truth = folder / "demo" / "truth.csv"
-    if truth.is_file():
-        hidden = submission.score(folder / "submission.csv", truth)
-        empty = submission.empty_score(truth)
-        lines["hidden test mAP"] = f"[bold]{hidden:.4f}[/]; an all-empty submission {empty:.4f}"
-    lines["submission"] = escape(str(folder / "submission.csv"))
-    lines["model"] = escape(str(folder / "best"))
-    lines["logs"] = escape(str(folder / "logs"))
-    if counts.waiting:
-        lines["go on"] = f"python -m saltray.tune --resume {shlex.quote(str(folder))}"
-    lines["repeat"] = f"python -m saltray.tune {escape(_options(settings, folder / 'space.py'))}"
-    for name, value in lines.items():
-        # Soft-wrapped: paths and commands stay whole, to be copied.
-        console.print(f"[dim]{name:<16}[/]{value}", soft_wrap=True)
-
-
-def _options(settings: run.Settings, space: Path) -> str:
-    """Return the options that start a run with these settings."""
-    options = {"data": settings.data, "space": space, "trials": settings.trials, "epochs": settings.epochs}
-    options |= {"seed": settings.seed}
-    if settings.time_budget:
-        options |= {"time-budget": f"{settings.time_budget:g}s"}
-    if settings.workers_per_trial != 1:
-        options |= {"workers-per-trial": settings.workers_per_trial}
-    if settings.gpus_per_trial is not None:
-        options |= {"gpus-per-trial": f"{settings.gpus_per_trial:g}"}
-    if settings.cpus_per_trial:
-        options |= {"cpus-per-trial": f"{settings.cpus_per_trial:g}"}
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
-    return " ".join(words + ["--skip-bad"] * settings.skip_bad)
+    settings = run.read_settings(folder)
+    if server is not None and server != settings.study:
+        raise UserError(f"--study {server}: this run's study is in {settings.study or 'its own study.db'}")
+    if space is not None:
+        spaces.refuse_change((folder / "space.py").read_text(), space)
+    changes = {k: v for k, v in changes.items() if v is not None or k == "time_budget"}
+    return _settings(settings.model_dump() | changes)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def test_ctrl_c_once_still_writes_what_was_found(start: type[Program], files: Pa
     ("arguments", "words"),
     [
         (["--data", "absent"], "no such folder"),
-        (["--trials", "0"], "at least 1"),
+        (["--trials", "0"], "--trials 0: Input should be greater"),
         (["--space", "absent.py"], "no such file"),
         (["--time-budget", "soon"], "not a duration"),
         (["--gpus-per-trial", "512"], "512 GPUs); the cluster has"),

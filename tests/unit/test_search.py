@@ -1,77 +1,30 @@
-import itertools
+import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
+from ray.tune.search import Searcher
 
 from saltray import search
-from saltray.engine import StudyASHA
-from saltray.plan import PlanError, plan
+from saltray.config import SearchConfig
 from saltray.space import Space
-from saltray.study import Counts, StudyError, best_trial, count, load_study, open_storage, requeue
-
-
-class TestPlan:
-    def test_two_trials_of_one_thread_on_two_cores(self) -> None:
-        chosen = plan([{"CPU": 2}], trials=20)
-        assert (chosen.concurrency, chosen.resources.cpus) == (2, 1)
-        # Ray Data's tasks need what the trials leave.
-        assert 2 * chosen.resources.training()["CPU"] <= 2 - 0.2 + 1e-9
-
-    def test_few_trials_get_more_threads(self) -> None:
-        assert plan([{"CPU": 8}], trials=2).resources.cpus == 4
-        assert plan([{"CPU": 8}], trials=1).resources.cpus == 8
-        assert plan([{"CPU": 8}], trials=3).resources.cpus == 2
-        assert plan([{"CPU": 4}, {"CPU": 4}], trials=1).resources.cpus == 4
-
-    def test_shares_of_gpus(self) -> None:
-        nodes = [{"CPU": 16, "GPU": 1}, {"CPU": 16, "GPU": 2}]
-        assert plan(nodes, trials=99, gpus=0.25).concurrency == 12
-        assert plan(nodes, trials=99, gpus=1).concurrency == 3
-        assert plan(nodes, trials=99, gpus=2).concurrency == 1
-        assert plan([{"CPU": 2, "GPU": 1}], trials=99, gpus=0.25).concurrency == 2  # the CPUs bound it
-
-    def test_gpus_are_taken_where_there_are_any(self) -> None:
-        assert plan([{"CPU": 4, "GPU": 2}], trials=9).resources.gpus == 1
-        assert plan([{"CPU": 4, "GPU": 2}], trials=9, gpus=0).resources.gpus == 0
-        assert plan([{"CPU": 4}], trials=9).resources.gpus == 0
-
-    def test_workers_may_lie_on_several_machines(self) -> None:
-        assert plan([{"CPU": 2}, {"CPU": 1}], trials=9, workers=3, cpus=1).concurrency == 1
-        assert plan([{"CPU": 2}, {"CPU": 2}], trials=9, workers=2, cpus=1).concurrency == 2
-
-    def test_never_more_than_fit_by_brute_force(self) -> None:
-        for cpu, cpus, gpu, gpus in itertools.product((1, 2, 3, 5), (0.5, 1, 2), (0, 1, 2), (0, 0.5, 1)):
-            try:
-                chosen = plan([{"CPU": cpu, "GPU": gpu}], trials=50, cpus=cpus, gpus=gpus)
-            except PlanError:
-                assert cpus > cpu or gpus > gpu
-                continue
-            assert chosen.concurrency * cpus <= cpu + 1e-9
-            assert chosen.concurrency * gpus <= gpu + 1e-9
-            assert (chosen.concurrency + 1) * cpus > cpu or (chosen.concurrency + 1) * gpus > gpu
-
-    @pytest.mark.parametrize(
-        ("asked", "words"),
-        [
-            ({"gpus": 1.0}, "1 x (1 CPUs and 1 GPUs); the cluster has: 2 CPUs and 0 GPUs"),
-            ({"workers": 3, "cpus": 1}, "3 x (1 CPUs and 0 GPUs)"),
-            ({"cpus": 4.0}, "4 CPUs"),
-            ({"gpus": 0.3}, "one share of n"),
-            ({"gpus": 1.5}, "whole number"),
-            ({"workers": 0}, "must be positive"),
-            ({"trials": 0}, "must be positive"),
-        ],
-    )
-    def test_refuses_with_the_numbers(self, asked: dict[str, Any], words: str) -> None:
-        with pytest.raises(PlanError) as error:
-            plan([{"CPU": 2}], **{"trials": 5, **asked})
-        assert words in str(error.value)
+from saltray.study import (
+    Counts,
+    Place,
+    StudyError,
+    best_trial,
+    count,
+    create_study,
+    epochs_of,
+    gpu_hours,
+    load_study,
+    requeue,
+)
+from saltray.trial import WorkerResources
+from tests.unit.studies import result
 
 
 def draw(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
@@ -85,181 +38,222 @@ def draw(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
 SPACE = Space(draw, {"filters": 4, "learning_rate": 1e-3}, Path("space.py"))
 
 
-def result(epoch: int, value: float, **more: Any) -> dict[str, Any]:
-    return {"epoch": epoch, "best_map": value, "time_total_s": 1.0, "hostname": "h", **more}
+ALONE = WorkerResources(1, 2, 0)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path) -> Path:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    yield tmp_path
+    return tmp_path
 
 
-def open_search(folder: Path, seed: int = 0, parallel: bool = False) -> search.StudySearch:
-    return search.StudySearch(SPACE, open_storage(folder), epochs=9, seed=seed, parallel=parallel)
+def open_search(
+    folder: Path, resources: WorkerResources = ALONE, space: Space = SPACE, **options: Any
+) -> search.StudySearch:
+    config = SearchConfig(**{"epochs": 9, **options})
+    there = (folder / "study.db").exists()
+    study = load_study(folder) if there else create_study(Place(folder), config.objective)
+    if not there and space.first is not None:
+        study.enqueue_trial(space.first)
+    limits = search.Limits(study, config)
+    return search.StudySearch(space, study, config, parallel=False, resources=resources, limits=limits)
 
 
-class TestStudySearch:
-    def test_each_end_is_told_as_what_it_was(self, folder: Path) -> None:
-        searcher = open_search(folder)
-        for name in "abcde":
-            searcher.suggest(name)
-        searcher.on_trial_result("a", result(1, 0.4))
-        searcher.on_trial_complete("a", result(9, 0.7, finished=True))
-        searcher.on_trial_result("b", result(1, 0.1))
-        searcher.on_trial_complete("b", result(3, 0.2, finished=False))
-        searcher.on_trial_complete("c", result(2, 0.0, finished=True, diverged="the loss is nan in epoch 2"))
-        searcher.on_trial_complete("d", error=True)
-        searcher.record_failure("d", "OSError: disk full")
-        trials = searcher.study.trials
-        states = [t.state for t in trials]
-        assert states == [
-            TrialState.COMPLETE,
-            TrialState.PRUNED,
-            TrialState.FAIL,
-            TrialState.FAIL,
-            TrialState.RUNNING,
-        ]
-        assert trials[0].value == 0.7
-        assert trials[1].intermediate_values == {1: 0.1, 3: 0.2}
-        assert trials[2].user_attrs["reason"] == "the loss is nan in epoch 2"
-        assert trials[3].user_attrs["reason"] == "OSError: disk full"
-        assert count(searcher.study) == Counts(1, 1, 2, 1)
-
-    def test_results_after_the_end_are_left_out(self, folder: Path) -> None:
-        searcher = open_search(folder)
-        searcher.suggest("a")
-        searcher.on_trial_complete("a", result(3, 0.2, finished=False))
-        searcher.on_trial_result("a", result(4, 0.9))
-        searcher.record_checkpoint("a", "somewhere")
-        searcher.on_trial_complete("a", result(4, 0.9, finished=True))
-        assert searcher.study.trials[0].intermediate_values == {3: 0.2}
-
-    def test_an_epoch_done_twice_after_a_crash_is_told_once(self, folder: Path) -> None:
-        searcher = open_search(folder)
-        searcher.suggest("a")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            for epoch, value in ((1, 0.1), (2, 0.2), (2, 0.2), (3, 0.3)):
-                searcher.on_trial_result("a", result(epoch, value))
-        assert searcher.study.trials[0].intermediate_values == {1: 0.1, 2: 0.2, 3: 0.3}
-
-    def test_a_trial_cut_off_goes_on_with_its_parameters_and_checkpoint(self, folder: Path) -> None:
-        before = open_search(folder)
-        first = before.suggest("a")
-        before.on_trial_result("a", result(1, 0.3))
-        before.record_checkpoint("a", str(folder))
-        del before
-        after = open_search(folder)
-        requeue(open_storage(folder), after.study)
-        again = after.suggest("x")
-        assert again == {**first, "resume": str(folder)}
-        assert after.suggest("y")["number"] == 1
-        after.on_trial_result("x", result(2, 0.5))
-        assert after.study.trials[0].intermediate_values == {1: 0.3, 2: 0.5}
-
-    def test_interrupted_study_proposes_what_an_uninterrupted_one_does(self, tmp_path: Path) -> None:
-        def value(spec: dict[str, Any]) -> Any:
-            return (
-                1 / (1 + abs(spec["config"]["model"]["filters"] - 5))
-                - spec["config"]["optim"]["learning_rate"]
-            )
-
-        def go_on(folder: Path, numbers: range) -> list[dict[str, Any]]:
-            searcher = open_search(folder, seed=7)
-            requeue(open_storage(folder), searcher.study)
-            specs = []
-            for number in numbers:
-                spec = searcher.suggest(f"{number}")
-                searcher.on_trial_complete(f"{number}", result(9, value(spec), finished=True))
-                specs.append(spec["config"])
-            return specs
-
-        for name in ("whole", "cut"):
-            (tmp_path / name).mkdir()
-        whole = go_on(tmp_path / "whole", range(16))
-        cut = go_on(tmp_path / "cut", range(12))
-        # The thirteenth was under way when the process died.
-        open_search(tmp_path / "cut", seed=7).suggest("dead")
-        assert cut + go_on(tmp_path / "cut", range(12, 16)) == whole
-
-    def test_best_trial_needs_a_checkpoint(self, folder: Path) -> None:
-        searcher = open_search(folder)
-        for name, best in (("a", 0.5), ("b", 0.9), ("c", 0.6)):
-            searcher.suggest(name)
-            if name != "b":
-                searcher.record_checkpoint(name, str(folder))
-            searcher.on_trial_complete(name, result(3, best, finished=name == "a"))
-        assert best_trial(searcher.study).number == 2
-
-    def test_a_checkpoint_that_is_gone_is_not_named(self, folder: Path) -> None:
-        searcher = open_search(folder)
-        searcher.suggest("a")
-        searcher.on_trial_result("a", result(1, 0.3))
-        searcher.record_checkpoint("a", str(folder / "gone"))
-        with pytest.raises(StudyError, match="no trial"):
-            best_trial(searcher.study)
-        requeue(open_storage(folder), searcher.study)
-        assert open_search(folder).suggest("x")["resume"] is None
-
-    def test_a_bad_draw_fails_its_trial_and_the_next_is_asked(self, folder: Path) -> None:
-        def sometimes(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
-            return {"batch_size": 0 if trial.number < bad else 8}
-
-        bad = 1
-        storage = open_storage(folder)
-        space = Space(sometimes, None, Path("space.py"))
-        searcher = search.StudySearch(space, storage, epochs=1, seed=0, parallel=False)
-        assert searcher.suggest("a")["number"] == 1
-        assert searcher.study.trials[0].state == TrialState.FAIL
-        assert "batch_size" in searcher.study.trials[0].user_attrs["reason"]
-        bad = 1000
-        with pytest.raises(search.SearchError, match="20 draws in a row"):
-            searcher.suggest("b")
-
-    def test_no_usable_trial_is_told_with_the_reasons(self, folder: Path) -> None:
-        searcher = open_search(folder)
-        searcher.suggest("a")
-        searcher.record_failure("a", "OSError: disk full")
-        with pytest.raises(StudyError, match="disk full"):
-            best_trial(searcher.study)
+def test_each_end_is_told_as_what_it_was(folder: Path) -> None:
+    searcher = open_search(folder)
+    for name in "abcde":
+        searcher.suggest(name)
+    searcher.on_trial_result("a", result(1, 0.4))
+    searcher.on_trial_complete("a", result(9, 0.7, finished=True))
+    searcher.on_trial_result("b", result(1, 0.1))
+    searcher.on_trial_complete("b", result(3, 0.2, finished=False))
+    searcher.on_trial_complete("c", result(2, 0.0, finished=True, diverged="the loss is nan in epoch 2"))
+    searcher.on_trial_complete("d", error=True)
+    searcher.record_failure("d", "OSError: disk full")
+    trials = searcher.study.trials
+    states = [t.state for t in trials]
+    assert states == [
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+        TrialState.FAIL,
+        TrialState.FAIL,
+        TrialState.RUNNING,
+    ]
+    assert trials[0].value == 0.7
+    assert trials[1].intermediate_values == {1: 0.1, 3: 0.2}
+    assert trials[2].user_attrs["reason"] == "the loss is nan in epoch 2"
+    assert trials[3].user_attrs["reason"] == "OSError: disk full"
+    assert count(searcher.study) == Counts(1, 1, 2, 1)
 
 
-class TestStorage:
-    def test_a_file_that_is_no_study_is_refused_and_left(self, tmp_path: Path) -> None:
-        (tmp_path / "study.db").write_bytes(b"not a database at all, by any means" * 50)
-        with pytest.raises(StudyError, match=r"study\.db"):
-            load_study(tmp_path)
-        assert (tmp_path / "study.db").read_bytes().startswith(b"not a database")
-
-    def test_absent(self, tmp_path: Path) -> None:
-        with pytest.raises(StudyError, match="not the folder of a run"):
-            load_study(tmp_path)
+def test_results_after_the_end_are_left_out(folder: Path) -> None:
+    searcher = open_search(folder)
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", result(3, 0.2, finished=False))
+    searcher.on_trial_result("a", result(4, 0.9))
+    searcher.record_checkpoint("a", "somewhere")
+    searcher.on_trial_complete("a", result(4, 0.9, finished=True))
+    assert searcher.study.trials[0].intermediate_values == {3: 0.2}
 
 
-class TestASHA:
-    def trial(self, number: int) -> Any:
-        return SimpleNamespace(trial_id=f"t{number}", config={"number": number})
+def test_an_epoch_done_twice_after_a_crash_is_told_once(folder: Path) -> None:
+    searcher = open_search(folder)
+    searcher.suggest("a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch, value in ((1, 0.1), (2, 0.2), (2, 0.2), (3, 0.3)):
+            searcher.on_trial_result("a", result(epoch, value))
+    assert searcher.study.trials[0].intermediate_values == {1: 0.1, 2: 0.2, 3: 0.3}
 
-    def report(self, scheduler: StudyASHA, number: int, epoch: int, value: float) -> str:
-        controller: Any = None
-        return scheduler.on_trial_result(controller, self.trial(number), {"epoch": epoch, "best_map": value})
 
-    def test_a_new_session_remembers_the_rungs(self, folder: Path) -> None:
-        searcher = open_search(folder)
-        for number, best in enumerate((0.5, 0.6, 0.7)):
-            searcher.suggest(str(number))
-            searcher.on_trial_complete(str(number), result(3, best, finished=False))
-        controller: Any = None
-        for known, expected in ((searcher.study.trials, "STOP"), ([], "CONTINUE")):
-            scheduler = StudyASHA(27, known)
-            scheduler.on_trial_add(controller, self.trial(3))
-            assert self.report(scheduler, 3, 1, 0.1) == "CONTINUE"
-            assert self.report(scheduler, 3, 3, 0.2) == expected
+def test_a_trial_cut_off_goes_on_with_its_parameters_and_checkpoint(folder: Path) -> None:
+    before = open_search(folder)
+    first = before.suggest("a")
+    before.on_trial_result("a", result(1, 0.3))
+    before.record_checkpoint("a", str(folder))
+    del before
+    after = open_search(folder)
+    requeue(after.study)
+    again = after.suggest("x")
+    assert again == {**first, "resume": str(folder)}
+    assert after.suggest("y")["number"] == 1
+    after.on_trial_result("x", result(2, 0.5))
+    assert after.study.trials[0].intermediate_values == {1: 0.3, 2: 0.5}
 
-    def test_a_trial_that_reports_its_end_is_not_killed(self) -> None:
-        scheduler = StudyASHA(2, [])
-        controller: Any = None
-        scheduler.on_trial_add(controller, self.trial(0))
-        last = {"epoch": 2, "best_map": 0.9, "finished": True}
-        assert scheduler.on_trial_result(controller, self.trial(0), last) == "CONTINUE"
+
+def test_interrupted_study_proposes_what_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    def value(spec: dict[str, Any]) -> Any:
+        return (
+            1 / (1 + abs(spec["config"]["model"]["filters"] - 5)) - spec["config"]["optim"]["learning_rate"]
+        )
+
+    def go_on(folder: Path, numbers: range) -> list[dict[str, Any]]:
+        searcher = open_search(folder, seed=7)
+        requeue(searcher.study)
+        specs = []
+        for number in numbers:
+            spec = searcher.suggest(f"{number}")
+            searcher.on_trial_complete(f"{number}", result(9, value(spec), finished=True))
+            specs.append(spec["config"])
+        return specs
+
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = go_on(tmp_path / "whole", range(16))
+    cut = go_on(tmp_path / "cut", range(12))
+    # The thirteenth was under way when the process died.
+    open_search(tmp_path / "cut", seed=7).suggest("dead")
+    assert cut + go_on(tmp_path / "cut", range(12, 16)) == whole
+
+
+def test_best_trial_needs_a_checkpoint(folder: Path) -> None:
+    searcher = open_search(folder)
+    for name, best in (("a", 0.5), ("b", 0.9), ("c", 0.6)):
+        searcher.suggest(name)
+        if name != "b":
+            searcher.record_checkpoint(name, str(folder))
+        searcher.on_trial_complete(name, result(3, best, finished=name == "a"))
+    assert best_trial(searcher.study).number == 2
+
+
+def test_a_checkpoint_that_is_gone_is_not_named(folder: Path) -> None:
+    searcher = open_search(folder)
+    searcher.suggest("a")
+    searcher.on_trial_result("a", result(1, 0.3))
+    searcher.record_checkpoint("a", str(folder / "gone"))
+    with pytest.raises(StudyError, match="no trial"):
+        best_trial(searcher.study)
+    requeue(searcher.study)
+    assert open_search(folder).suggest("x")["resume"] is None
+
+
+def test_a_bad_draw_fails_its_trial_and_the_next_is_asked(folder: Path) -> None:
+    def sometimes(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+        return {"batch_size": 0 if trial.number < bad else 8}
+
+    bad = 1
+    searcher = open_search(folder, space=Space(sometimes, None, Path("space.py")), epochs=1)
+    assert searcher.suggest("a")["number"] == 1
+    assert searcher.study.trials[0].state == TrialState.FAIL
+    assert "batch_size" in searcher.study.trials[0].user_attrs["reason"]
+    bad = 1000
+    with pytest.raises(search.SearchError, match="20 draws in a row"):
+        searcher.suggest("b")
+
+
+def test_no_usable_trial_is_told_with_the_reasons(folder: Path) -> None:
+    searcher = open_search(folder)
+    searcher.suggest("a")
+    searcher.record_failure("a", "OSError: disk full")
+    with pytest.raises(StudyError, match="disk full"):
+        best_trial(searcher.study)
+
+
+@pytest.mark.parametrize("searcher", ["random", "gp", "cmaes"])
+def test_every_sampler_goes_on_as_if_uninterrupted(tmp_path: Path, searcher: str) -> None:
+    def go_on(folder: Path, numbers: range) -> list[dict[str, Any]]:
+        folder.mkdir(exist_ok=True)
+        search = open_search(folder, seed=3, searcher=searcher)
+        requeue(search.study)
+        specs = []
+        for number in numbers:
+            spec = search.suggest(f"{number}")
+            rate = spec["config"]["optim"]["learning_rate"]
+            search.on_trial_complete(f"{number}", result(9, 0.5 - rate, finished=True))
+            specs.append(spec["config"])
+        return specs
+
+    cut = [*go_on(tmp_path / "cut", range(13)), *go_on(tmp_path / "cut", range(13, 17))]
+    assert cut == go_on(tmp_path / "whole", range(17))
+    assert len({str(config) for config in cut}) == 17
+
+
+def test_every_epoch_done_has_its_row(folder: Path) -> None:
+    searcher = open_search(folder, resources=WorkerResources(2, 4, 0.5))
+    searcher.suggest("a")
+    for epoch, seconds in ((1, 10.0), (2, 20.0), (2, 30.0)):  # the second was done again after a crash
+        searcher.on_trial_result("a", result(epoch, 0.1 * epoch, seconds=seconds))
+    searcher.on_trial_complete("a", result(2, 0.2, seconds=30.0, finished=True))  # Tune tells the last again
+    trial = searcher.study.trials[0]
+    assert [(row["epoch"], row["seconds"]) for row in epochs_of(trial)] == [(1, 10), (2, 20), (2, 30)]
+    assert trial.user_attrs["hardware"] == {"device": "a CPU", "workers": 2, "cpus": 8, "gpus": 1.0}
+    assert trial.user_attrs["seconds"] == 60
+    assert gpu_hours(searcher.study) == pytest.approx(60 * 1.0 / 3600)
+
+
+def test_two_objectives_are_told_as_two_values(folder: Path) -> None:
+    searcher = open_search(folder, objective="map+speed", scheduler="none")
+    for name, value, speed in (("a", 0.5, 100.0), ("b", 0.6, 50.0), ("c", 0.4, 80.0)):
+        searcher.suggest(name)
+        searcher.on_trial_result(name, result(8, value - 0.1, validation_tiles_per_second=speed))
+        searcher.on_trial_complete(name, result(9, value, validation_tiles_per_second=10.0, finished=True))
+    assert [t.values for t in searcher.study.trials] == [[0.5, 100], [0.6, 50], [0.4, 80]]
+    assert sorted(t.number for t in searcher.study.best_trials) == [0, 1]
+    assert searcher.study.trials[0].intermediate_values == {8: 0.4, 9: 0.5}
+
+
+def test_patience_begins_no_new_trial(folder: Path) -> None:
+    searcher = open_search(folder, patience=2)
+    for name, value in (("a", 0.5), ("b", 0.6), ("c", 0.6), ("d", 0.1)):
+        assert isinstance(searcher.suggest(name), dict)
+        searcher.on_trial_complete(name, result(3, value, finished=name == "a"))
+    # The third equalled the best, the fourth is worse: two without a gain.
+    asked: Any = searcher.suggest("e")
+    assert asked == Searcher.FINISHED
+    assert len(searcher.study.trials) == 4
+
+
+def test_limits_cut_off_and_say_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searcher = open_search(folder, resources=WorkerResources(1, 1, 1))
+    limits = search.Limits(searcher.study, SearchConfig(gpu_hours=0.01, time_budget=100))
+    assert not limits.stop_all()
+    searcher.suggest("a")
+    searcher.on_trial_result("a", result(1, 0.1, seconds=36.1))
+    assert limits.stop_all()
+    assert limits.reached == "the 0.01 GPU-hours are used up"
+    limits = search.Limits(searcher.study, SearchConfig(time_budget=100))
+    assert not limits.stop_all()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 101)
+    assert limits.stop_all()
+    assert "time budget" in limits.reached

@@ -18,7 +18,7 @@ def write_space(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("name", ["unet", "resunet", "demo"])
 def test_bundled_spaces_are_good_and_begin_with_the_first(name: str) -> None:
     loaded = space.load(SPACES / f"{name}.py")
-    configs = space.check(loaded, epochs=3, seed=5, workers=2)
+    configs = [c for _, c in space.sample(loaded, 20, epochs=3, seed=5, workers=2)]
     assert len({str(c) for c in configs}) > 10
     assert all(c.epochs == 3 and c.seed == 5 for c in configs)
 
@@ -26,7 +26,7 @@ def test_bundled_spaces_are_good_and_begin_with_the_first(name: str) -> None:
 @pytest.mark.parametrize("name", ["unet", "resunet"])
 def test_the_first_trial_is_the_seeds_configuration(name: str) -> None:
     loaded = space.load(SPACES / f"{name}.py")
-    first = space.check(loaded, epochs=50, seed=0, workers=1)[0].to_dict()
+    first = space.sample(loaded, 20, epochs=50, seed=0, workers=1)[0][1].to_dict()
     expected = TrialConfig().to_dict()
     expected["model"]["architecture"] = name
     assert first == expected
@@ -52,7 +52,7 @@ def test_the_first_trial_is_the_seeds_configuration(name: str) -> None:
 def test_bad_spaces_are_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
     path = write_space(tmp_path, text)
     with pytest.raises(SpaceError) as error:
-        space.check(space.load(path), epochs=2, seed=0, workers=2)
+        space.sample(space.load(path), 20, epochs=2, seed=0, workers=2)
     assert words in str(error.value)
     assert str(path) in str(error.value)
 

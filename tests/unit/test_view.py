@@ -8,9 +8,12 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from saltray import search
+from saltray.config import SearchConfig
 from saltray.space import Space
-from saltray.study import create_study, open_storage
+from saltray.study import Place, create_study, load_study
+from saltray.trial import WorkerResources
 from saltray.view import LiveView, duration, text
+from tests.unit.studies import result
 
 NOTHING: Any = None
 
@@ -24,23 +27,23 @@ def study_folder(tmp_path: Path) -> Path:
         return {"model": {"filters": trial.suggest_int("filters", 2, 4)}}
 
     space = Space(draw, None, Path("space.py"))
-    storage = open_storage(tmp_path)
-    searcher = search.StudySearch(space, storage, epochs=9, seed=0, parallel=False)
-    result = {"time_total_s": 1.0, "hostname": "h"}
+    study = create_study(Place(tmp_path))
+    resources = WorkerResources(1, 1, 0)
+    searcher = search.StudySearch(space, study, SearchConfig(epochs=9), parallel=False, resources=resources)
     for name in "abcde":
         searcher.suggest(name)
-        searcher.on_trial_result(name, result | {"epoch": 1, "best_map": 0.25})
-    searcher.on_trial_complete("a", result | {"epoch": 9, "best_map": 0.75, "finished": True})
-    searcher.on_trial_complete("b", result | {"epoch": 3, "best_map": 0.5, "finished": False})
+        searcher.on_trial_result(name, result(1, 0.25))
+    searcher.on_trial_complete("a", result(9, 0.75, finished=True))
+    searcher.on_trial_complete("b", result(3, 0.5, finished=False))
     searcher.record_failure("c", "OSError: [Errno 28] no space left [/]")
-    storage.set_trial_state_values(searcher.study.trials[3]._trial_id, TrialState.WAITING)
+    study._storage.set_trial_state_values(study.trials[3]._trial_id, TrialState.WAITING)
     return tmp_path
 
 
 def make(folder: Path, terminal: bool) -> tuple[LiveView, io.StringIO]:
     file = io.StringIO()
     console = Console(file=file, width=140, force_terminal=terminal, color_system=None, legacy_windows=False)
-    return LiveView(console, create_study(folder), trials=6, epochs=9, time_budget=60.0), file
+    return LiveView(console, load_study(folder), trials=6, epochs=9, time_budget=60.0), file
 
 
 def test_the_table_shows_every_state_and_the_best(study_folder: Path) -> None:
@@ -85,6 +88,7 @@ def test_a_new_session_does_not_tell_what_ended_before(study_folder: Path) -> No
 
 
 def test_nothing_yet(tmp_path: Path) -> None:
+    create_study(Place(tmp_path))
     view, file = make(tmp_path, terminal=True)
     view._console.print(view._draw())
     assert "0 of 6 trials" in file.getvalue()

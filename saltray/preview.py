@@ -1,0 +1,157 @@
+"""What `--dry-run` shows: the space, sampled configurations, and the plan with its estimated time."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from saltray import dataset, run, session, training
+from saltray import space as spaces
+from saltray.config import TILE, TrialConfig
+from saltray.engine import GRACE_EPOCHS, REDUCTION
+from saltray.losses import LOSSES
+from saltray.model import build_model, count_parameters
+from saltray.optim import build_optimizer
+from saltray.trial import WorkerResources
+from saltray.view import duration, text
+
+SAMPLES = 10
+TIMED_SECONDS = 1.0
+"""How long each sampled network trains to be timed, after one step that is not counted."""
+
+
+def show(settings: run.Settings, *, address: str | None) -> None:
+    """Print the space, ten sampled configurations with their parameter counts, and the plan.
+
+    The networks are timed on noise, on a worker of the cluster as a trial would have. Nothing is written.
+    """
+    space = spaces.load(Path(settings.space))
+    console = Console(file=sys.stdout, highlight=False)
+    with console.status("starting Ray"), run.quiet(None):
+        samples = spaces.sample(
+            space, SAMPLES, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial
+        )
+        run.connect(address)
+    try:
+        chosen = session.plan_for(settings)
+        made = settings.data.endswith("/demo/data") and not Path(settings.data).exists()
+        count = (
+            session.DEMO_TILES if made else len(dataset.read_train(dataset.open_folder(settings.data)).rows)
+        )
+        with console.status("timing the sampled networks"), run.quiet(None):
+            task = ray.remote(_tiles_per_second).options(
+                num_cpus=chosen.resources.training()["CPU"], num_gpus=chosen.resources.gpus
+            )
+            rates = [
+                ray.get(task.remote(config.to_dict(), chosen.resources)) * chosen.resources.workers
+                for _, config in samples
+            ]
+    finally:
+        run.disconnect()
+    training_tiles = count * (session.FOLDS - 1) // session.FOLDS
+    trial_seconds = [settings.epochs * training_tiles / rate for rate in rates]
+    console.print(f"[bold]{escape(str(space.path))}[/]\n")
+    console.print(_parameters([drawn for drawn, _ in samples]))
+    console.print()
+    console.print(_samples(samples, rates, trial_seconds))
+    console.print(
+        f"\n[bold]{training_tiles}[/] training tiles of {count}; [bold]{settings.trials}[/] trials of up to "
+        f"[bold]{settings.epochs}[/] epochs, {session.describe(chosen)}; "
+        f"searcher {settings.searcher}, scheduler {settings.scheduler}.",
+        soft_wrap=True,
+    )
+    console.print(
+        _estimate(settings, sum(trial_seconds) / len(trial_seconds), chosen.concurrency), soft_wrap=True
+    )
+
+
+def _tiles_per_second(config: dict[str, Any], resources: WorkerResources) -> float:
+    """Train a network on noise for a moment, as a worker of a trial would."""
+    trial = TrialConfig.from_dict(config)
+    device = torch.device("cuda" if resources.gpus and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(max(1, round(resources.cpus)))
+    model = build_model(trial.model).to(device)
+    optimizer = build_optimizer(model.parameters(), trial.optim)
+    size = max(1, trial.batch_size // resources.workers)
+    noise = torch.randint(0, 256, (2, size, TILE, TILE), dtype=torch.uint8)
+    batch = {"image": noise[0], "mask": noise[1] > 127}
+    amp = training.autocast_dtype(trial.precision, device)
+
+    def step() -> None:
+        training.train_epoch(model, [batch], LOSSES[trial.loss], optimizer, device, amp)
+
+    step()
+    steps, started = 0, time.perf_counter()
+    while time.perf_counter() - started < TIMED_SECONDS:
+        step()
+        steps += 1
+    return steps * size / (time.perf_counter() - started)
+
+
+def _parameters(drawn: Sequence[optuna.trial.FrozenTrial]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("parameter", "values", "drawn in"):
+        table.add_column(name)
+    distributions = {name: d for trial in drawn for name, d in trial.distributions.items()}
+    for name, distribution in distributions.items():
+        times = sum(name in trial.params for trial in drawn)
+        when = "every sample" if times == len(drawn) else f"{times} of {len(drawn)} samples: conditional"
+        table.add_row(escape(name), escape(_values(distribution)), when)
+    return table
+
+
+def _values(distribution: optuna.distributions.BaseDistribution) -> str:
+    """Write a distribution in words."""
+    if isinstance(distribution, CategoricalDistribution):
+        return ", ".join(map(str, distribution.choices))
+    if isinstance(distribution, FloatDistribution | IntDistribution):
+        step = f", steps of {distribution.step:g}" if distribution.step not in (None, 1) else ""
+        log = ", logarithmic" if distribution.log else ""
+        return f"{distribution.low:g} to {distribution.high:g}{step}{log}"
+    return str(distribution)
+
+
+def _samples(
+    samples: Sequence[tuple[optuna.trial.FrozenTrial, TrialConfig]],
+    rates: Sequence[float],
+    seconds: Sequence[float],
+) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("weights", "tiles/s", "full trial"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("sampled configuration", overflow="fold")
+    for (drawn, config), rate, time_ in zip(samples, rates, seconds, strict=True):
+        with torch.device("meta"):
+            weights = count_parameters(build_model(config.model))
+        table.add_row(f"{weights:,}", f"{rate:.0f}", duration(time_), text(drawn.params))
+    return table
+
+
+def expected_epochs(epochs: int) -> float:
+    """Return the mean epochs of a trial under ASHA where one in `REDUCTION` goes on at each rung."""
+    mean, reached, share = 0.0, 0, 1.0
+    rung = min(GRACE_EPOCHS, epochs)
+    while rung < epochs:
+        mean += share * (rung - reached)
+        reached, rung, share = rung, rung * REDUCTION, share / REDUCTION
+    return mean + share * (epochs - reached)
+
+
+def _estimate(settings: run.Settings, trial_seconds: float, concurrency: int) -> str:
+    most = trial_seconds * settings.trials / concurrency
+    words = f"Estimated training: at most {duration(most)}, if no trial is stopped early"
+    if settings.scheduler == "asha":
+        share = expected_epochs(settings.epochs) / settings.epochs
+        words += f"; about {duration(most * share)} where ASHA stops two of three at each rung"
+    bounds = [f"{duration(settings.time_budget)} by --time-budget"] if settings.time_budget else []
+    bounds += [f"{settings.gpu_hours:g} GPU-hours"] if settings.gpu_hours else []
+    return words + (f"; cut off at {' or '.join(bounds)}" if bounds else "") + "."

@@ -1,0 +1,315 @@
+"""One session of a search, from the checks at its start to the submission at its end."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+import ray.data
+from optuna.trial import FrozenTrial
+from rich.console import Console
+from rich.markup import escape
+
+from saltray import dataset, demo, inference, run, search, submission
+from saltray import space as spaces
+from saltray.plan import Plan, plan
+from saltray.space import Space
+from saltray.study import (
+    Place,
+    adopt,
+    best_trial,
+    count,
+    create_study,
+    load_study,
+    objective_of,
+    refuse_taken_name,
+    score,
+)
+from saltray.trial import Tiles
+from saltray.view import LiveView, text
+
+FOLDS = 5
+"""Fold 0 validates: an 80/20 split."""
+
+CHECKED = 20
+"""Configurations drawn from a space, and their networks built, before a search begins."""
+
+DEMO_TILES = 400
+"""Synthetic labelled tiles of a run without data of its own."""
+
+
+class Data(NamedTuple):
+    """The decoded tiles, the submission's ids in their order, and a hash of the labels and the split."""
+
+    training: ray.data.Dataset
+    validation: ray.data.Dataset
+    test: ray.data.Dataset
+    ids: list[str]
+    fingerprint: str
+
+
+def start(
+    folder: Path,
+    settings: run.Settings,
+    *,
+    address: str | None,
+    url: str | None = None,
+    warm_start: Path | None = None,
+) -> None:
+    """Start a new run; nothing is written before all is checked.
+
+    Args:
+        folder: the run's, which must not hold anything yet.
+        settings: of the run.
+        address: a Ray cluster to join; None for this machine.
+        url: of the study's database server, password and all.
+        warm_start: another run's folder, from whose results the study starts.
+    """
+    space = spaces.load(Path(settings.space))
+    _check(space, settings)
+    run.refuse_taken(folder)
+    place = Place(folder, url, settings.study_name)
+    refuse_taken_name(place)
+    other = _load_other(warm_start) if warm_start is not None else None
+    console = _console()
+    dashboard = _connect(console, address)
+    try:
+        chosen = plan_for(settings)
+        if settings.data == str(demo_data(folder)):
+            console.print("No --data: making synthetic seismic tiles.")
+            demo.write(demo_data(folder).parent, train=DEMO_TILES, test=200, seed=settings.seed)
+        data, left_out = _read(console, settings)
+        run.create(folder, space.path)
+        with run.locked(folder):
+            run.write_settings(folder, settings, data.fingerprint)
+            with run.quiet(folder / "logs" / "search.log"):
+                study = create_study(place, settings.objective, space.path.read_text())
+            _tell_start(console, data, left_out, settings, chosen, dashboard)
+            if other is not None and warm_start is not None:
+                _adopt(console, study, other, space, settings, data, warm_start)
+            _search_and_predict(console, folder, settings, space, chosen, data, study)
+    finally:
+        run.disconnect()
+
+
+def resume(folder: Path, settings: run.Settings, *, address: str | None, url: str | None = None) -> None:
+    """Go on with a run; see `start`."""
+    space = spaces.load(folder / "space.py")
+    place = Place(folder, url or settings.study, settings.study_name)
+    study: optuna.Study | None = None
+    # Without a study, the run was cut off before it made one.
+    if place.url is not None or (folder / "study.db").exists():
+        with run.quiet(None):
+            study = load_study(place)
+        spaces.refuse_change(study.user_attrs.get("space", ""), space.path)
+    _check(space, settings)
+    console = _console()
+    if Path(settings.space).is_file() and Path(settings.space).read_text() != space.path.read_text():
+        console.print(
+            f"{escape(settings.space)} has changed since; this run keeps its own copy.", style="dim"
+        )
+    dashboard = _connect(console, address)
+    try:
+        chosen = plan_for(settings)
+        data, left_out = _read(console, settings)
+        with run.locked(folder):
+            run.write_settings(folder, settings, data.fingerprint)
+            with run.quiet(folder / "logs" / "search.log"):
+                study = study or create_study(place, settings.objective, space.path.read_text())
+            _tell_start(console, data, left_out, settings, chosen, dashboard)
+            _search_and_predict(console, folder, settings, space, chosen, data, study)
+    finally:
+        run.disconnect()
+
+
+def demo_data(folder: Path) -> Path:
+    """Return where a run without data of its own keeps its synthetic tiles."""
+    return folder / "demo" / "data"
+
+
+def _console() -> Console:
+    return Console(file=sys.stdout, highlight=False)
+
+
+def _connect(console: Console, address: str | None) -> str:
+    with console.status("starting Ray"), run.quiet(None):
+        return run.connect(address)
+
+
+def _check(space: Space, settings: run.Settings) -> None:
+    with run.quiet(None):
+        spaces.sample(
+            space, CHECKED, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial
+        )
+
+
+def plan_for(settings: run.Settings) -> Plan:
+    """Plan for the cluster that was joined; raises PlanError or RunError."""
+    nodes = run.nodes()
+    if settings.gpu_hours is not None and not any(node.get("GPU") for node in nodes):
+        raise run.RunError(f"--gpu-hours {settings.gpu_hours:g}: the cluster has no GPU; use --time-budget")
+    return plan(
+        nodes,
+        trials=settings.trials,
+        workers=settings.workers_per_trial,
+        cpus=settings.cpus_per_trial,
+        gpus=settings.gpus_per_trial,
+    )
+
+
+def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str]]:
+    """Read, decode and check all tiles; return them and what was left out."""
+    with console.status("reading and checking the tiles"), run.quiet(None):
+        folder = dataset.open_folder(settings.data)
+        train, test = dataset.read_train(folder), dataset.read_test(folder)
+        fold = dataset.stratified_folds(train.rows["coverage"], FOLDS, settings.seed)
+        parts, problems = [], train.problems | test.problems
+        for table in (train.where(fold != 0), train.where(fold == 0), test):
+            tiles, bad = dataset.decode(table)
+            parts.append(tiles)
+            problems |= bad
+        if not settings.skip_bad:
+            dataset.refuse(problems, settings.data)
+        fingerprint = dataset.fingerprint(train, fold)
+        return Data(parts[0], parts[1], parts[2], test.ids, fingerprint), problems
+
+
+def _load_other(folder: Path) -> optuna.Study:
+    """Open the study of the run that a new one starts from."""
+    settings = run.read_settings(folder)
+    with run.quiet(None):
+        return load_study(Place(folder, settings.study, settings.study_name))
+
+
+def _adopt(
+    console: Console,
+    study: optuna.Study,
+    other: optuna.Study,
+    space: Space,
+    settings: run.Settings,
+    data: Data,
+    folder: Path,
+) -> None:
+    """Take over another run's results, or its best parameters where the scores do not compare."""
+    before = run.read_settings(folder)
+    differs = [
+        name
+        for name, same in {
+            "tiles or split": run.read(folder)["tiles"] == data.fingerprint,
+            "epochs": before.epochs == settings.epochs,
+            "objective": before.objective == settings.objective,
+        }.items()
+        if not same
+    ]
+    with run.quiet(None):
+        taken = adopt(study, other, space.draw, str(folder), compares=not differs)
+    if differs:
+        console.print(
+            f"Warm start: {folder} had other {' and '.join(differs)}, so that its scores do not compare; "
+            f"its {taken} best parameters are tried first.",
+            soft_wrap=True,
+        )
+    else:
+        console.print(f"Warm start: {taken} results of {folder} taken over.", soft_wrap=True)
+
+
+def _search_and_predict(
+    console: Console,
+    folder: Path,
+    settings: run.Settings,
+    space: Space,
+    chosen: Plan,
+    data: Data,
+    study: optuna.Study,
+) -> None:
+    view = LiveView(
+        console, study, trials=settings.trials, epochs=settings.epochs, time_budget=settings.time_budget
+    )
+    with view, run.quiet(folder / "logs" / "search.log"):
+        tiles = Tiles.share(data.training, data.validation, chosen.resources.workers)
+        reached = search.run_search(space, tiles, chosen, folder, study, settings, callbacks=[view])
+    with console.status("predicting"), run.quiet(folder / "logs" / "predict.log"):
+        best = best_trial(study)
+        facts = _predict(folder, best, data)
+    _tell_end(console, folder, settings, study, best, facts, reached)
+
+
+def _predict(folder: Path, best: FrozenTrial, data: Data) -> dict[str, Any]:
+    """Choose the threshold, write the best model and the submission; return what is known of it."""
+    model = run.stage_best(folder, best.user_attrs["checkpoint"])
+    threshold, scores = inference.calibrate(model, data.validation)
+    facts = {"threshold": threshold, "validation_map": scores[f"{threshold:.2f}"], "scores": scores}
+    run.add_metrics(model, {"trial": best.number} | facts)
+    codes = inference.segment(model, data.test, threshold)
+    run.publish_best(model)
+    submission.write(folder / "submission.csv", data.ids, codes)
+    return facts
+
+
+def _tell_start(
+    console: Console,
+    data: Data,
+    left_out: dict[str, str],
+    settings: run.Settings,
+    chosen: Plan,
+    dashboard: str,
+) -> None:
+    if left_out:
+        console.print(f"[yellow]{len(left_out)} bad tiles left out[/], such as {min(left_out)}")
+    console.print(
+        f"[bold]{data.training.count()}[/] training, [bold]{data.validation.count()}[/] validation, "
+        f"[bold]{data.test.count()}[/] test tiles.  [bold]{settings.trials}[/] trials of up to "
+        f"[bold]{settings.epochs}[/] epochs, {describe(chosen)}.",
+        soft_wrap=True,
+    )
+    if dashboard:
+        console.print(f"Ray's dashboard: {dashboard}")
+
+
+def describe(chosen: Plan) -> str:
+    """Write a plan in words, in rich's markup: `2 side by side, 1 x 1 CPUs each`."""
+    resources = chosen.resources
+    gpus = f" and {resources.gpus:g} GPUs" if resources.gpus else ""
+    each = f"{resources.workers} x {resources.cpus:g} CPUs{gpus} each"
+    return f"[bold]{chosen.concurrency}[/] side by side, {each}"
+
+
+def _tell_end(
+    console: Console,
+    folder: Path,
+    settings: run.Settings,
+    study: optuna.Study,
+    best: FrozenTrial,
+    facts: dict[str, Any],
+    reached: str,
+) -> None:
+    counts = count(study)
+    waiting = f", {counts.waiting} cut off" if counts.waiting else ""
+    lines = {"ended because": reached} if reached else {}
+    lines |= {
+        "best": f"[bold green]trial {best.number}[/]  {text(best.params)}",
+        "validation mAP": f"[bold]{score(best):.4f}[/] at probability 0.50, "
+        f"[bold]{facts['validation_map']:.4f}[/] at {facts['threshold']:.2f}, chosen on these tiles",
+        "trials": f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed"
+        + waiting,
+    }
+    if objective_of(study) == "map+speed":
+        front = sorted(study.best_trials, key=lambda t: -t.values[0])
+        lines["Pareto front"] = "\n".join(
+            f"trial {t.number}: mAP {t.values[0]:.4f} at {t.values[1]:.0f} tiles/s" for t in front
+        ).replace("\n", "\n" + " " * 16)
+    truth = demo_data(folder).with_name("truth.csv")
+    if truth.is_file():
+        hidden = submission.score(folder / "submission.csv", truth)
+        empty = submission.empty_score(truth)
+        lines["hidden test mAP"] = f"[bold]{hidden:.4f}[/]; an all-empty submission {empty:.4f}"
+    lines["submission"] = escape(str(folder / "submission.csv"))
+    lines["model"] = escape(str(folder / "best"))
+    lines["logs"] = escape(str(folder / "logs"))
+    if counts.waiting:
+        lines["go on"] = f"python -m saltray.tune --resume {shlex.quote(str(folder))}"
+    lines["repeat"] = f"python -m saltray.tune {escape(run.options(settings, folder / 'space.py'))}"
+    for name, value in lines.items():
+        # Soft-wrapped: paths and commands stay whole, to be copied.
+        console.print(f"[dim]{name:<16}[/]{value}", soft_wrap=True)
