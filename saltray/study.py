@@ -165,12 +165,16 @@ def create_study(place: Place, objective: Objective = "map", space: str = "") ->
         study_name=place.name,
         directions=["maximize"] * len(METRICS[objective]),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.set_metric_names(METRICS[objective])
     for name, value in {"format": FORMAT, "space": space}.items():
         study.set_user_attr(name, value)
+    _name_metrics(study)
     return study
+
+
+def _name_metrics(study: optuna.Study) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(METRICS[objective_of(study)])
 
 
 def load_study(place: Place | Path) -> optuna.Study:
@@ -191,6 +195,8 @@ def load_study(place: Place | Path) -> optuna.Study:
     version = study.user_attrs.get("format", FORMAT)
     if version > FORMAT:
         raise StudyError(f"{place}: written by a newer saltray (format {version}); update saltray")
+    if study.metric_names is None and not study.get_trials(deepcopy=False):
+        _name_metrics(study)  # its maker was cut off
     if study.metric_names not in METRICS.values():
         held = ", ".join(study.metric_names or ["an unnamed one"])
         raise StudyError(f"{place}: a study of another metric ({held}); saltray's is {METRICS['map'][0]}")
