@@ -1,10 +1,12 @@
-"""A Ray on this machine, shared by the tests of one file."""
+"""A Ray on this machine, shared by the tests of one file; programs that end with their test."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from saltray import run
+from saltray import demo, run
+from tests.integration.programs import SPACE, Program
 
 
 @pytest.fixture(scope="module")
@@ -15,3 +17,25 @@ def local_ray() -> Iterator[None]:
         run.connect(None, cpus=2)
         yield
         run.disconnect()
+
+
+@pytest.fixture
+def start() -> Iterator[type[Program]]:
+    programs: list[Program] = []
+
+    class Started(Program):
+        def __init__(self, *arguments: str | Path) -> None:
+            super().__init__(*arguments)
+            programs.append(self)
+
+    yield Started
+    for program in programs:
+        program.end()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    demo.write(folder, train=30, test=6, seed=1)
+    (folder / "space.py").write_text(SPACE)
+    return folder

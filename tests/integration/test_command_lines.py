@@ -1,110 +1,18 @@
 """The programs as a user runs them: each a process with a Ray of its own."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from saltray import demo
-from saltray.study import Counts, StudyError, count, load_study
-
-ROOT = Path(__file__).parents[2]
-
-SPACE = """
-FIRST = {"filters": 2}
-
-def space(trial):
-    return {
-        "model": {"filters": trial.suggest_int("filters", 1, 3), "levels": 1, "dropout": 0.0},
-        "optim": {"learning_rate": 1e-2},
-        "batch_size": 8,
-    }
-"""
-
-
-class Program:
-    """A saltray command line in a process group of its own, so that nothing outlives its test."""
-
-    def __init__(self, *arguments: str | Path) -> None:
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *map(str, arguments)],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def finish(self, code: int = 0) -> str:
-        output, _ = self.process.communicate(timeout=240)
-        assert self.process.returncode == code, output
-        return output
-
-    def end(self) -> None:
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        self.process.communicate(timeout=30)
-
-
-@pytest.fixture
-def start() -> Iterator[type[Program]]:
-    programs: list[Program] = []
-
-    class Started(Program):
-        def __init__(self, *arguments: str | Path) -> None:
-            super().__init__(*arguments)
-            programs.append(self)
-
-    yield Started
-    for program in programs:
-        program.end()
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    demo.write(folder, train=30, test=6, seed=1)
-    (folder / "space.py").write_text(SPACE)
-    return folder
-
-
-def search_arguments(files: Path, out: Path, *more: str) -> list[str | Path]:
-    return ["saltray.tune", "--data", files / "data", "--space", files / "space.py", "--out", out, *more]
-
-
-def wait_for_epochs(run: Path, epochs: int) -> None:
-    """Wait until the study holds so many epochs in all."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        if (run / "study.db").exists():
-            try:
-                trials = load_study(run).trials
-            except StudyError:
-                trials = []  # the database is being made
-            if sum(len(t.intermediate_values) for t in trials) >= epochs:
-                return
-        time.sleep(0.5)
-    raise AssertionError("the search does not get on")
-
-
-def check_submission(run: Path, files: Path) -> None:
-    submission = pd.read_csv(run / "submission.csv", keep_default_na=False)
-    sample = pd.read_csv(files / "data" / "sample_submission.csv")
-    assert list(submission.columns) == ["id", "rle_mask"]
-    assert list(submission["id"]) == list(sample["id"])
+from saltray.study import Counts, count, load_study
+from tests.integration.programs import ROOT, Program, check_submission, search_arguments, wait_for_epochs
 
 
 def test_search_predict_score_extend(start: type[Program], files: Path, tmp_path: Path) -> None:
