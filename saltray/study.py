@@ -141,7 +141,12 @@ def _check_file(file: Path) -> None:
 
 def refuse_taken_name(place: Place) -> None:
     """Raise a StudyError where a server holds a study of that name already, or cannot be reached."""
-    if place.url is not None and place.name in optuna.get_all_study_names(open_storage(place)):
+    if place.url is None:
+        return
+    storage = open_storage(place)
+    names = optuna.get_all_study_names(storage)
+    storage.engine.dispose()
+    if place.name in names:
         raise StudyError(
             f"{place}: there is such a study already. To go on with it: --resume and its run's folder; "
             "to start a new one: another --out, whose last part names the study"
@@ -187,6 +192,14 @@ def load_study(place: Place | Path) -> optuna.Study:
     if place.url is None and not (place.folder / "study.db").is_file():
         raise StudyError(f"{place.folder}: no study.db in it; not the folder of a run")
     storage = open_storage(place)
+    try:
+        return _load(place, storage)
+    except StudyError:
+        storage.engine.dispose()
+        raise
+
+
+def _load(place: Place, storage: RDBStorage) -> optuna.Study:
     try:
         study = optuna.load_study(study_name=place.name, storage=storage)
     except KeyError:
