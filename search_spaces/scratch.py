@@ -3,8 +3,8 @@
     python -m saltray.tune --data DIR --space search_spaces/scratch.py --epochs 100 --time-budget 8h
 
 Made for a GPU: two CPU cores would be busy for more than a day with one trial. Score and time are not yet
-measured; `benchmarks/` will have them, and what each technique is worth. The first trial is a guess, from what the
-contest's published solutions have in common.
+measured; `benchmarks/` will have them, and what each technique is worth. The first trial is a
+guess, from what the contest's published solutions have in common.
 """
 
 from typing import Any
