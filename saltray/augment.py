@@ -3,16 +3,22 @@
 Each tile draws from its own counter-based random stream (Philox; Salmon et al. 2011, "Parallel random
 numbers: as easy as 1, 2, 3"), keyed by seed and epoch and counted by the tile's row. So a tile's change
 does not depend on the batch, block, worker or machine that it meets, and the next epoch's is another.
+Mixup alone needs a second tile: the training loop does it, on its batch.
 """
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from saltray.config import AugmentConfig
 
 Batch = dict[str, npt.NDArray[Any]]
+
+_DRAWS = 13
+"""Numbers that each tile draws, each with its fixed use: switching one change on leaves the others' draws."""
 
 
 def generator(seed: int, epoch: int, row: int) -> np.random.Generator:
@@ -24,16 +30,114 @@ def augment(batch: Batch, config: AugmentConfig, seed: int, epoch: int) -> Batch
     """Return the batch with its tiles changed at random; the input is left as it is.
 
     Args:
-        batch: `row` int64 (tiles,), `image` and `mask` uint8 (tiles, height, width), and any other columns.
-        config: the probabilities.
+        batch: `row` int64 (tiles,), `image` uint8 and `mask` uint8 in {0, 1}, both (tiles, height, width),
+            and any other columns.
+        config: the probabilities and sizes.
         seed: the trial's seed.
         epoch: counted from 1.
     """
-    draws = np.array([generator(seed, epoch, int(row)).random() for row in batch["row"]])
-    flipped = draws < config.flip
-    return batch | {name: _flip(batch[name], flipped) for name in ("image", "mask")}
+    draws = np.array([generator(seed, epoch, int(row)).random(_DRAWS) for row in batch["row"]])
+    draws = draws.reshape(-1, _DRAWS)
+    # A copy on the way: what follows changes tiles in place.
+    image, mask = (_flip(batch[name], draws[:, 0] < config.flip) for name in ("image", "mask"))
+    for i in np.flatnonzero(draws[:, 1] < config.move):
+        image[i], mask[i] = _move(image[i], mask[i], config, draws[i, 2:5])
+    for i in np.flatnonzero(draws[:, 5] < config.tone):
+        image[i] = _tone_table(config, draws[i, 6:9])[image[i]]
+    for i in np.flatnonzero(draws[:, 9] < config.cutout):
+        _cut_out(image[i], config.cutout_size, draws[i, 10:13])
+    return batch | {"image": image, "mask": mask}
+
+
+def mixup(images: Tensor, alpha: float) -> tuple[Tensor, Tensor | None, float]:
+    """Mix each image of a batch with another one's (Zhang et al. 2018, arXiv:1710.09412).
+
+    The losses against both masks are to be mixed likewise, so masks stay binary. Draws from torch's global
+    random numbers.
+
+    Args:
+        images: float (tiles, channels, height, width).
+        alpha: of the beta distribution that the share is drawn from; 0 mixes nothing.
+
+    Returns:
+        The mixed images, each one's partner (int64 (tiles,); None where nothing is mixed), and the share of
+        the image itself, in [0, 1].
+    """
+    if alpha == 0:
+        return images, None, 1.0
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    partner = torch.randperm(len(images)).to(images.device)
+    return torch.lerp(images[partner], images, share), partner, share
 
 
 def _flip(tiles: npt.NDArray[np.uint8], which: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
     """Mirror the chosen tiles left to right: the last axis of (tiles, height, width)."""
     return np.where(which[:, None, None], tiles[:, :, ::-1], tiles)
+
+
+def _move(
+    image: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], config: AugmentConfig, draws: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Shift and scale one tile (height, width) by three numbers in [0, 1), interpolated linearly."""
+    zoom = 1 + config.scale * _centred(draws[0])
+    axes = []
+    for size, draw in zip(image.shape, draws[1:], strict=True):
+        middle = (size - 1) / 2
+        source = middle + zoom * (np.arange(size) - middle) + config.shift * size * _centred(draw)
+        axes.append(_neighbours(source, size))
+    moved = _sample(image, axes), _sample(mask, axes)
+    return np.rint(moved[0]).astype(np.uint8), (moved[1] >= 0.5).astype(np.uint8)
+
+
+_Axis = tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]
+
+
+def _neighbours(source: npt.NDArray[np.float64], size: int) -> _Axis:
+    """Return the pixels around each place on an axis, mirrored at its ends, and the second one's weight."""
+    below = np.floor(source).astype(np.intp)
+    weight = (source - below).astype(np.float32)
+
+    def mirror(i: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+        period = max(2 * (size - 1), 1)
+        return (size - 1) - np.abs((i % period) - (size - 1))
+
+    return mirror(below), mirror(below + 1), weight
+
+
+def _sample(tile: npt.NDArray[np.uint8], axes: list[_Axis]) -> npt.NDArray[np.float32]:
+    """Interpolate a tile (height, width) at a grid of places, axis by axis."""
+    (above, below, down), (left, right, along) = axes
+    pixels = tile.astype(np.float32)
+    rows = pixels[above]
+    rows += (pixels[below] - rows) * down[:, None]
+    first = rows[:, left]
+    first += (rows[:, right] - first) * along
+    return first
+
+
+def _tone_table(config: AugmentConfig, draws: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Return the new value of each of the 256 values, from three numbers in [0, 1)."""
+    exponent = (1 + config.gamma) ** _centred(draws[0])
+    factor, shift = 1 + config.contrast * _centred(draws[1]), config.brightness * _centred(draws[2])
+    values = (np.arange(256) / 255) ** exponent
+    values = (values - 0.5) * factor + 0.5 + shift
+    table: npt.NDArray[np.uint8] = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+    return table
+
+
+def _cut_out(image: npt.NDArray[np.uint8], largest: float, draws: npt.NDArray[Any]) -> None:
+    """Turn a square of an image (height, width) mid-grey, in place.
+
+    Three numbers in [0, 1) give its side and centre; it may reach over the border (DeVries and Taylor 2017,
+    arXiv:1708.04552).
+    """
+    height, width = image.shape
+    half = draws[0] * largest * height / 2
+    y, x = draws[1] * height, draws[2] * width
+    top, left = max(0, round(y - half)), max(0, round(x - half))
+    image[top : max(0, round(y + half)), left : max(0, round(x + half))] = 128
+
+
+def _centred(draw: float) -> float:
+    """Map [0, 1) to [-1, 1)."""
+    return 2 * draw - 1

@@ -1,12 +1,15 @@
 """A checkpoint: one folder that alone rebuilds its model.
 
 `weights.safetensors` holds the best weights so far, `config.json` the trial's configuration, `metrics.json`
-the scores; `training.pt`, present while the trial is unfinished, the state from which training goes on.
+the scores; `training.pt`, present while the trial is unfinished, the state from which training goes on;
+`snapshot-1.safetensors` .. the weights at the end of each cycle of the learning rate, where asked for.
 Nothing in it is run when it is read: safetensors and JSON hold no code, and the training state is loaded
 with `weights_only=True`.
 """
 
 import json
+from collections.abc import Sequence
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from saltray.config import TrialConfig, UserError
 from saltray.model import EncoderDecoder, build_model
 
 WEIGHTS, CONFIG, METRICS, TRAINING = "weights.safetensors", "config.json", "metrics.json", "training.pt"
+SNAPSHOT = "snapshot-{}.safetensors"
 
 
 class CheckpointError(UserError):
@@ -31,6 +35,7 @@ def save(
     config: TrialConfig,
     metrics: dict[str, Any],
     training: dict[str, Any] | None = None,
+    snapshots: Sequence[dict[str, Tensor]] = (),
 ) -> None:
     """Write a checkpoint into an existing folder.
 
@@ -40,11 +45,11 @@ def save(
         config: the trial's configuration.
         metrics: plain values.
         training: the loop's state, of tensors and plain values; None when the trial is finished.
+        snapshots: further state dicts, oldest first.
     """
-    # A copy in the plain memory layout: safetensors stores no strides.
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    # Not save_file: it would make the file unreadable for all but its owner.
-    (folder / WEIGHTS).write_bytes(safetensors.torch.save(plain))
+    _write_weights(folder / WEIGHTS, weights)
+    for number, snapshot in enumerate(snapshots, start=1):
+        _write_weights(folder / SNAPSHOT.format(number), snapshot)
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
     if training is not None:
@@ -70,11 +75,13 @@ def load_metrics(folder: Path) -> dict[str, Any]:
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """Read the best weights; raises CheckpointError."""
-    _expect(folder / WEIGHTS)
-    try:
-        return safetensors.torch.load_file(folder / WEIGHTS)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: damaged: {error}") from None
+    return _read_weights(folder / WEIGHTS)
+
+
+def load_snapshots(folder: Path) -> list[dict[str, Tensor]]:
+    """Read the snapshots, oldest first; an empty list where there are none. Raises CheckpointError."""
+    files = (folder / SNAPSHOT.format(number) for number in count(1))
+    return [_read_weights(file) for file in takewhile(Path.is_file, files)]
 
 
 def load_training(folder: Path) -> dict[str, Any]:
@@ -94,6 +101,21 @@ def load_model(folder: Path) -> EncoderDecoder:
     except RuntimeError as error:
         raise CheckpointError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
     return model.eval()
+
+
+def _write_weights(file: Path, weights: dict[str, Tensor]) -> None:
+    # A copy in the plain memory layout: safetensors stores no strides.
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    # Not save_file: it would make the file unreadable for all but its owner.
+    file.write_bytes(safetensors.torch.save(plain))
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    _expect(file)
+    try:
+        return safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{file}: damaged: {error}") from None
 
 
 def _expect(file: Path) -> None:

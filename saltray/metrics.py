@@ -6,6 +6,8 @@ TGS Salt Identification Challenge. Two counts per tile, intersection and union, 
 whole numbers, so they can be summed over batches, workers and machines without a rounding error.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,6 +16,9 @@ IOU_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 PROBABILITIES = tuple(round(0.2 + 0.02 * i, 2) for i in range(31))
 """Candidate thresholds on the predicted probability of salt: 0.20, 0.22 .. 0.80."""
+
+MIN_AREAS = (0, 10, 20, 40, 80, 160)
+"""Candidate areas, in pixels, below which a predicted mask becomes empty."""
 
 _TILES_AT_ONCE = 256
 
@@ -86,16 +91,58 @@ def overlap_by_threshold(
     return np.stack([c[0] for c in columns], axis=1), np.stack([c[1] for c in columns], axis=1)
 
 
-def choose_threshold(intersection: npt.ArrayLike, union: npt.ArrayLike) -> tuple[float, dict[str, float]]:
-    """Choose the probability threshold with the best score; of equally good ones, the nearest to 0.5.
+@dataclass(frozen=True)
+class Postprocessing:
+    """What makes masks of a network's output; chosen on validation tiles, and stored with the model."""
+
+    threshold: float = 0.5
+    """On the probability of salt."""
+    tta: bool = False
+    """Test-time augmentation: the mean with the mirrored tile's prediction, mirrored back."""
+    min_area: int = 0
+    """Pixels below which a mask becomes empty."""
+
+
+def drop_small(
+    intersection: npt.NDArray[np.int64],
+    union: npt.NDArray[np.int64],
+    truth: npt.NDArray[np.int64],
+    min_area: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the counts as they are once predicted masks below an area have become empty.
 
     Args:
-        intersection: pixel counts of shape (tiles, thresholds), as `overlap_by_threshold` returns them.
+        intersection: pixel counts of any shape.
+        union: of the same shape.
+        truth: pixels of the true masks; broadcast against these.
+        min_area: pixels.
+    """
+    small = union - truth + intersection < min_area
+    return np.where(small, 0, intersection), np.where(small, truth, union)
+
+
+def choose_postprocessing(
+    intersection: npt.NDArray[np.int64], union: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]
+) -> tuple[Postprocessing, dict[str, float]]:
+    """Choose what scores best; of equals, first no test-time augmentation, the least area, nearest to 0.5.
+
+    Args:
+        intersection: pixel counts of shape (tiles, 2, thresholds), as `overlap_by_threshold` returns them,
+            without test-time augmentation and with it.
         union: the same for the unions.
+        truth: pixels of the true masks, of shape (tiles,).
 
     Returns:
-        The threshold, and the score at every candidate, keyed by the threshold as text.
+        The choice, and the score at every candidate threshold under the rest of it, keyed as text.
     """
-    scores = precision(intersection, union).mean(axis=0)
-    best = max(range(len(PROBABILITIES)), key=lambda i: (scores[i], -abs(PROBABILITIES[i] - 0.5)))
-    return PROBABILITIES[best], {f"{p:.2f}": float(s) for p, s in zip(PROBABILITIES, scores, strict=True)}
+    candidates = []
+    for tta in (False, True):
+        counts = intersection[:, int(tta)], union[:, int(tta)]
+        for min_area in MIN_AREAS:
+            scores = precision(*drop_small(*counts, truth[:, None], min_area)).mean(axis=0)
+            candidates += [
+                ((score, -tta, -min_area, -abs(p - 0.5)), Postprocessing(p, tta, min_area), scores)
+                for p, score in zip(PROBABILITIES, scores, strict=True)
+            ]
+    _, chosen, scores = max(candidates, key=lambda candidate: candidate[0])
+    return chosen, {f"{p:.2f}": float(s) for p, s in zip(PROBABILITIES, scores, strict=True)}

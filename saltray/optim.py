@@ -1,22 +1,53 @@
-"""The optimizer, and its schedule as pure functions of the validation history.
+"""The optimizer, and its schedules as pure functions of the step and the validation history.
 
 Nothing here holds state: a trial that resumes from its last epoch needs only its history to go on exactly
 as it would have.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from saltray.config import OptimConfig
 
+ONE_CYCLE_RISE, ONE_CYCLE_START, ONE_CYCLE_END = 0.3, 25.0, 1e4
+"""PyTorch's one-cycle: share of the steps on which the rate rises, what the highest rate is divided by at
+the start, and what that is divided by at the end."""
+
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Return Adam (Kingma and Ba 2015, arXiv:1412.6980) in its fused form."""
-    return torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
+    """Return the optimizer in its fused form.
+
+    Adam (Kingma and Ba 2015, arXiv:1412.6980), AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), or SGD
+    with Nesterov's momentum (Sutskever et al. 2013).
+    """
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, rate, config.momentum, weight_decay=decay, nesterov=config.momentum > 0, fused=True
+        )
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, rate, weight_decay=decay, fused=True)
 
 
-def learning_rate(config: OptimConfig, history: Sequence[float]) -> float:
+def learning_rate(config: OptimConfig, history: Sequence[float], step: int, steps: int) -> float:
+    """Return a step's learning rate.
+
+    Args:
+        config: the schedule and its numbers.
+        history: validation mAP of every epoch so far, oldest first; the plateau alone reads it.
+        step: of the whole trial, counted from 0.
+        steps: of the whole trial; a step beyond them has the last one's rate.
+    """
+    step = min(step, steps - 1)
+    if config.schedule == "plateau":
+        return plateau(config, history)
+    return cosine(config, step, steps) if config.schedule == "cosine" else one_cycle(config, step, steps)
+
+
+def plateau(config: OptimConfig, history: Sequence[float]) -> float:
     """Return the next epoch's learning rate: reduced each time the validation mAP stays on a plateau.
 
     As Keras' `ReduceLROnPlateau`: after `plateau_patience` epochs without a new best the rate is multiplied
@@ -33,6 +64,69 @@ def learning_rate(config: OptimConfig, history: Sequence[float]) -> float:
         if waited >= config.plateau_patience:
             rate, waited = min(rate, max(rate * config.plateau_factor, config.min_learning_rate)), 0
     return rate
+
+
+def cosine(config: OptimConfig, step: int, steps: int) -> float:
+    """Return the rate of a cosine from the full to the lowest rate, `cycles` times over.
+
+    Source: Loshchilov and Hutter 2017, arXiv:1608.03983 (SGDR), with cycles of one length.
+    """
+    done = (step * config.cycles % steps) / steps  # whole numbers: a restart comes at its very step
+    lowest = min(config.min_learning_rate, config.learning_rate)
+    return _anneal(config.learning_rate, lowest, done)
+
+
+def one_cycle(config: OptimConfig, step: int, steps: int) -> float:
+    """Return the rate that rises to the full one and then falls to nearly zero.
+
+    Source: Smith and Topin 2019, arXiv:1708.07120. Both ways along a cosine, as PyTorch's `OneCycleLR` by
+    default; momentum stays.
+    """
+    peak, first = ONE_CYCLE_RISE * steps - 1, config.learning_rate / ONE_CYCLE_START
+    if step <= peak:
+        return _anneal(first, config.learning_rate, step / peak)
+    return _anneal(config.learning_rate, first / ONE_CYCLE_END, (step - peak) / (steps - 1 - peak))
+
+
+def _anneal(start: float, end: float, done: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def cycle_ends(config: OptimConfig, epochs: int) -> set[int]:
+    """Return the epochs, counted from 1, at whose end a snapshot is due."""
+    if not config.snapshots:
+        return set()
+    return {round(i * epochs / config.cycles) for i in range(1, config.cycles + 1)} - {0}
+
+
+def ema_share(config: OptimConfig, step: int) -> float:
+    """Return the weight of the newest weights in their exponential average after a step, counted from 0.
+
+    The decay rises to `ema_decay` as (1 + step) / (10 + step): else the first epochs would be judged by the
+    random start. 0 where no such average is wanted.
+    """
+    return 1 - min(config.ema_decay, (1 + step) / (10 + step)) if config.average == "ema" else 0.0
+
+
+def swa_share(config: OptimConfig, epoch: int, epochs: int) -> float:
+    """Return the weight of an epoch's last weights in the plain mean over the epochs after `swa_from`.
+
+    Source: Izmailov et al. 2018, arXiv:1803.05407. 0 where no such average is wanted yet.
+    """
+    averaged = epoch - round(config.swa_from * epochs)
+    return 1 / averaged if config.average == "swa" and averaged > 0 else 0.0
+
+
+@torch.no_grad()
+def move_average(average: torch.nn.Module, model: torch.nn.Module, share: float) -> None:
+    """Move averaged weights and statistics towards a model's of the same kind, by this share of the way."""
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    real = [(a, m) for a, m in pairs if a.is_floating_point()]
+    follow = get_ema_multi_avg_fn(1 - share)  # type: ignore[no-untyped-call]
+    follow([a for a, _ in real], [m for _, m in real], 0)
+    for a, m in pairs:
+        if not a.is_floating_point():  # BatchNorm's counts of batches
+            a.copy_(m)
 
 
 def epochs_since_best(history: Sequence[float]) -> int:

@@ -1,6 +1,7 @@
 """`python -m saltray.predict`: write a submission with the best model of a run."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,9 @@ def main(
 
     folder = model / "best" if (model / "best").is_dir() else model
     checkpoint.load_model(folder)  # a damaged one is told now
-    cut = checkpoint.load_metrics(folder).get("threshold", 0.5) if threshold is None else threshold
+    chosen = inference.stored_postprocessing(folder)
+    if threshold is not None:
+        chosen = replace(chosen, threshold=threshold)
     table = dataset.read_test(dataset.open_folder(located(data)))
     with run.quiet(None):
         run.connect(address)
@@ -39,14 +42,14 @@ def main(
             problems = table.problems | bad
             if not skip_bad:
                 dataset.refuse(problems, data)
-            codes = inference.segment(folder, tiles, cut)
+            codes = inference.segment(folder, tiles, chosen)
         finally:
             run.disconnect()
     out.parent.mkdir(parents=True, exist_ok=True)
     submission.write(out, table.ids, codes)
     if problems:
         typer.echo(f"{len(problems)} bad tiles got empty masks, such as {min(problems)}", file=sys.stderr)
-    typer.echo(f"{len(codes)} tiles segmented at probability {cut:.2f}: {out}")
+    typer.echo(f"{len(codes)} tiles segmented at probability {chosen.threshold:.2f}: {out}")
 
 
 if __name__ == "__main__":

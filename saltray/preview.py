@@ -18,9 +18,7 @@ from saltray import dataset, run, session, training
 from saltray import space as spaces
 from saltray.config import TILE, TrialConfig
 from saltray.engine import GRACE_EPOCHS, REDUCTION
-from saltray.losses import LOSSES
 from saltray.model import build_model, count_parameters
-from saltray.optim import build_optimizer
 from saltray.trial import WorkerResources
 from saltray.view import duration, text
 
@@ -79,15 +77,13 @@ def _tiles_per_second(config: dict[str, Any], resources: WorkerResources) -> flo
     trial = TrialConfig.from_dict(config)
     device = torch.device("cuda" if resources.gpus and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(max(1, round(resources.cpus)))
-    model = build_model(trial.model).to(device)
-    optimizer = build_optimizer(model.parameters(), trial.optim)
+    learner = training.Learner.new(trial, device, steps=1)
     size = max(1, trial.batch_size // resources.workers)
     noise = torch.randint(0, 256, (2, size, TILE, TILE), dtype=torch.uint8)
-    batch = {"image": noise[0], "mask": noise[1] > 127}
-    amp = training.autocast_dtype(trial.precision, device)
+    batch = {"image": noise[0], "mask": noise[1] > 127, "z": torch.full((size,), 500.0)}
 
     def step() -> None:
-        training.train_epoch(model, [batch], LOSSES[trial.loss], optimizer, device, amp)
+        training.train_epoch(learner, learner.model, [batch], epoch=1, history=[])
 
     step()
     steps, started = 0, time.perf_counter()

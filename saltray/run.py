@@ -287,7 +287,8 @@ def stage_best(folder: Path, checkpoint_path: str) -> Path:
     with Checkpoint(checkpoint_path).as_directory() as name:
         source = Path(name)
         weights, config = checkpoint.load_weights(source), checkpoint.load_config(source)
-        checkpoint.save(fresh, weights, config, checkpoint.load_metrics(source))
+        snapshots = checkpoint.load_snapshots(source)
+        checkpoint.save(fresh, weights, config, checkpoint.load_metrics(source), snapshots=snapshots)
     return fresh
 
 

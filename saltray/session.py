@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,12 +237,12 @@ def _search_and_predict(
 
 
 def _predict(folder: Path, best: FrozenTrial, data: Data) -> dict[str, Any]:
-    """Choose the threshold, write the best model and the submission; return what is known of it."""
+    """Choose the postprocessing, write the best model and the submission; return what is known of it."""
     model = run.stage_best(folder, best.user_attrs["checkpoint"])
-    threshold, scores = inference.calibrate(model, data.validation)
-    facts = {"threshold": threshold, "validation_map": scores[f"{threshold:.2f}"], "scores": scores}
+    chosen, scores = inference.calibrate(model, data.validation)
+    facts = asdict(chosen) | {"validation_map": scores[f"{chosen.threshold:.2f}"], "scores": scores}
     run.add_metrics(model, {"trial": best.number} | facts)
-    codes = inference.segment(model, data.test, threshold)
+    codes = inference.segment(model, data.test, chosen)
     run.publish_best(model)
     submission.write(folder / "submission.csv", data.ids, codes)
     return facts
@@ -284,13 +285,16 @@ def _tell_end(
     facts: dict[str, Any],
     reached: str,
 ) -> None:
+    how = f"at {facts['threshold']:.2f}" + ", with the mirrored tile" * facts["tta"]
+    if facts["min_area"]:
+        how += f", masks below {facts['min_area']} pixels emptied"
     counts = count(study)
     waiting = f", {counts.waiting} cut off" if counts.waiting else ""
     lines = {"ended because": reached} if reached else {}
     lines |= {
         "best": f"[bold green]trial {best.number}[/]  {text(best.params)}",
         "validation mAP": f"[bold]{score(best):.4f}[/] at probability 0.50, "
-        f"[bold]{facts['validation_map']:.4f}[/] at {facts['threshold']:.2f}, chosen on these tiles",
+        f"[bold]{facts['validation_map']:.4f}[/] {how}, chosen on these tiles",
         "trials": f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed"
         + waiting,
     }

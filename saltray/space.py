@@ -12,6 +12,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
+from saltray import pretrained
 from saltray.config import TrialConfig, UserError
 from saltray.model import build_model
 
@@ -115,6 +116,7 @@ def sample(
 
     Raises:
         SpaceError: a draw fails, is no valid configuration, or does not fit the number of workers.
+        UserError: weights of a pretrained encoder are absent or do not fit; the message names them.
     """
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
     if space.first is not None:
@@ -134,4 +136,7 @@ def sample(
         except Exception as error:
             raise SpaceError(f"{space.path}: space(trial): {type(error).__name__}: {error}") from error
         drawn.append((study.trials[number], config))
+    for name, weights in {(config.model.encoder, config.model.encoder_weights) for _, config in drawn}:
+        if weights is not None:
+            pretrained.load_weights(pretrained.build_stages(name, 1), name, weights)
     return drawn

@@ -10,6 +10,9 @@ import torch
 from saltray.augment import Batch, augment
 from saltray.config import AugmentConfig
 
+COLUMNS = ("image", "mask", "z")
+"""What training needs of a tile."""
+
 SHUFFLE_BUFFER = 2000
 """Tiles in the local shuffle buffer, on top of the shuffled order of the blocks."""
 
@@ -25,7 +28,8 @@ def epoch_stream(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Stream one epoch of training tiles: newly shuffled and augmented, the same for the same seed.
 
-    Yields batches of torch tensors, `image` and `mask` uint8 (batch, 101, 101); the last may be smaller.
+    Yields batches of torch tensors, `image` and `mask` uint8 (batch, 101, 101), and the depth `z` float32
+    (batch,); the last may be smaller.
     """
     order = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     stream = tiles.randomize_block_order(seed=order).map_batches(
@@ -56,10 +60,10 @@ def plain_stream(tiles: ray.data.Dataset, *, batch_size: int) -> Iterator[dict[s
 
 def _augment_tiles(batch: Batch, config: AugmentConfig, seed: int, epoch: int) -> Batch:
     """Augment, and keep only what training needs."""
-    changed = augment({name: batch[name] for name in ("row", "image", "mask")}, config, seed, epoch)
-    return {"image": changed["image"], "mask": changed["mask"]}
+    changed = augment({name: batch[name] for name in ("row", *COLUMNS)}, config, seed, epoch)
+    return {name: changed[name] for name in COLUMNS}
 
 
 def _collate(batch: Batch) -> dict[str, torch.Tensor]:
-    """Make tensors of image and mask; a copy, because blocks of the object store are read-only."""
-    return {name: torch.from_numpy(batch[name].copy()) for name in ("image", "mask")}
+    """Make tensors of what training needs; a copy, because blocks of the object store are read-only."""
+    return {name: torch.from_numpy(batch[name].copy()) for name in COLUMNS}

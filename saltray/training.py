@@ -4,12 +4,14 @@ The same loop serves one worker and, where `torch.distributed` is set up, one of
 random in an epoch is seeded by the epoch, so a resumed trial goes on exactly as an uninterrupted one.
 """
 
+import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -17,13 +19,24 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from saltray import checkpoint, metrics
-from saltray.config import TrialConfig
-from saltray.losses import LOSSES, Loss
-from saltray.model import build_model, count_parameters
-from saltray.optim import build_optimizer, epochs_since_best, learning_rate
+from saltray.augment import mixup
+from saltray.config import LossConfig, TrialConfig
+from saltray.losses import Loss, deep_supervision, loss_of_epoch
+from saltray.model import EncoderDecoder, Outputs, build_model, count_parameters, load_encoder
+from saltray.optim import (
+    build_optimizer,
+    cycle_ends,
+    ema_share,
+    epochs_since_best,
+    learning_rate,
+    move_average,
+    swa_share,
+)
 
 Batches = Iterable[dict[str, Tensor]]
-"""Batches of `image` and `mask`, uint8 (tiles, height, width)."""
+"""Batches of `image` and `mask`, uint8 (tiles, height, width), and the depth `z`, float32 (tiles,)."""
+
+Weights = dict[str, Tensor]
 
 
 class Report(Protocol):
@@ -42,108 +55,166 @@ class Diverged(RuntimeError):
         self.epoch = epoch
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What a trial trains, and with what."""
+
+    config: TrialConfig
+    device: torch.device
+    steps: int
+    """Of an epoch; the schedule of the learning rate is laid over those of all epochs."""
+    model: EncoderDecoder
+    optimizer: torch.optim.Optimizer
+    average: EncoderDecoder | None
+    """Holds the averaged weights, where there are any: they are the ones that are judged and kept."""
+
+    @classmethod
+    def new(cls, config: TrialConfig, device: torch.device, steps: int) -> Self:
+        """Build the model, from the trial's seed, and what trains it."""
+        torch.manual_seed(config.seed)
+        model = build_model(config.model).to(device)
+        average = None if config.optim.average == "none" else copy.deepcopy(model)
+        return cls(config, device, steps, model, build_optimizer(model.parameters(), config.optim), average)
+
+    @property
+    def amp(self) -> torch.dtype | None:
+        """The autocast type."""
+        return autocast_dtype(self.config.precision, self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed trial needs to go on exactly so."""
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()} | average
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from an earlier `state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+
 def fit(
     config: TrialConfig,
     training_batches: Callable[[int], Batches],
     validation_batches: Callable[[], Batches],
     report: Report,
     *,
+    steps: int,
     device: torch.device,
     resume: Path | None = None,
 ) -> None:
     """Train one trial to its end: the last epoch, or early when the validation mAP stops rising.
 
     Each epoch is reported with `epoch` (from 1), `loss`, `map` (this epoch's validation mAP), `best_map`
-    (the best so far, of the weights in the checkpoint), `learning_rate`, `seconds`, `tiles_per_second`
-    (in training), `validation_tiles_per_second`, `parameters` and `finished`.
+    (the best so far, of the weights in the checkpoint), `learning_rate` (at its end), `seconds`,
+    `tiles_per_second` (in training), `validation_tiles_per_second`, `parameters` and `finished`.
 
     Args:
         config: the trial.
         training_batches: epoch -> this worker's batches; as many on every worker.
         validation_batches: this worker's share of the validation tiles, each once.
         report: receives each epoch's result.
+        steps: batches of an epoch.
         device: where to train.
         resume: a checkpoint with training state, to go on from.
 
     Raises:
         Diverged: the loss became NaN or infinite.
+        UserError: the encoder's weights are absent or do not fit; the tiles lack the depth that is asked for.
     """
-    torch.manual_seed(config.seed)
-    model = build_model(config.model).to(device)
-    optimizer = build_optimizer(model.parameters(), config.optim)
-    amp = autocast_dtype(config.precision, device)
+    learner = Learner.new(config, device, steps)
     history: list[float] = []
-    best_weights: dict[str, Tensor] = {}
-    if resume is not None:
-        if not (resume / checkpoint.TRAINING).exists():
-            # It was cut off between its last report and its end: the report may not have arrived.
-            history = checkpoint.load_metrics(resume)["history"]
-            last = {"epoch": len(history), "map": history[-1], "best_map": max(history), "finished": True}
-            report(last, None)
-            return
-        state = checkpoint.load_training(resume)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        history, best_weights = list(state["history"]), checkpoint.load_weights(resume)
-    network: nn.Module = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    best_weights: Weights = {}
+    snapshots: list[Weights] = []
+    if resume is None:
+        load_encoder(learner.model, config.model)
+    elif not (resume / checkpoint.TRAINING).exists():
+        # It was cut off between its last report and its end: the report may not have arrived.
+        history = checkpoint.load_metrics(resume)["history"]
+        last = {"epoch": len(history), "map": history[-1], "best_map": max(history), "finished": True}
+        report(last, None)
+        return
+    else:
+        saved = checkpoint.load_training(resume)
+        learner.restore(saved)
+        history, best_weights = list(saved["history"]), checkpoint.load_weights(resume)
+        snapshots = checkpoint.load_snapshots(resume)
+    network: nn.Module = learner.model
+    if dist.is_initialized():
+        network = nn.parallel.DistributedDataParallel(network)
 
     for epoch in range(len(history) + 1, config.epochs + 1):
         started = time.perf_counter()
-        rate = learning_rate(config.optim, history)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         torch.manual_seed(_epoch_seed(config.seed, epoch))
-        loss, tiles = train_epoch(
-            network, training_batches(epoch), LOSSES[config.loss], optimizer, device, amp
-        )
+        loss, tiles = train_epoch(learner, network, training_batches(epoch), epoch, history)
         trained = time.perf_counter()
         if not math.isfinite(loss):
             raise Diverged(epoch, loss)
-        _broadcast_buffers(model)
-        score, validated = evaluate(model, validation_batches(), device, amp)
-        seconds = time.perf_counter() - trained
+        judged = averaged_model(learner, epoch, training_batches)
+        _broadcast_buffers(judged)
+        judging = time.perf_counter()
+        score, validated = evaluate(judged, validation_batches(), device, learner.amp)
+        seconds = time.perf_counter() - judging
         history.append(score)
         if epochs_since_best(history) == 0:
-            best_weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            best_weights = _copy_weights(judged)
+        if epoch in cycle_ends(config.optim, config.epochs):
+            snapshots.append(_copy_weights(judged))
         finished = epoch == config.epochs or epochs_since_best(history) >= config.patience
         results: dict[str, Any] = {
             "epoch": epoch,
             "loss": loss,
             "map": score,
             "best_map": max(history),
-            "learning_rate": rate,
+            "learning_rate": learner.optimizer.param_groups[0]["lr"],
             "seconds": time.perf_counter() - started,
             "tiles_per_second": tiles / (trained - started),
             "validation_tiles_per_second": validated / seconds,
-            "parameters": count_parameters(model),
+            "parameters": count_parameters(learner.model),
             "finished": finished,
         }
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-        _report(report, results, best_weights, config, history, None if finished else state)
+        state = None if finished else learner.state() | {"history": history}
+        _report(report, results, best_weights, snapshots, config, history, state)
         if finished:
             return
 
 
 def train_epoch(
-    network: nn.Module,
-    batches: Batches,
-    loss_function: Loss,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    amp: torch.dtype | None,
+    learner: Learner, network: nn.Module, batches: Batches, epoch: int, history: Sequence[float]
 ) -> tuple[float, int]:
-    """Train on every batch once; return the mean loss a tile and the number of tiles, over all workers."""
+    """Train on every batch once; return the mean loss a tile and the number of tiles, over all workers.
+
+    Args:
+        learner: what is trained.
+        network: its model, or that model under DDP.
+        batches: of this worker.
+        epoch: counted from 1.
+        history: validation mAP of the epochs before.
+    """
+    config, device, amp, optimizer = learner.config, learner.device, learner.amp, learner.optimizer
+    loss_function = loss_of_epoch(config.loss, epoch, config.epochs)
     network.train()
     total = torch.zeros((), dtype=torch.float64, device=device)
     tiles = 0
-    for batch in batches:
-        images, masks = _to_device(batch, device)
+    for step, batch in enumerate(batches, start=(epoch - 1) * learner.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, history, step, config.epochs * learner.steps)
+        images, masks, depth = _to_device(batch, device)
+        images, partner, share = mixup(images, config.augment.mixup)
         with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-            logits = network(images)
-        loss = loss_function(logits.float(), masks)
+            outputs = network(images, depth)
+        loss = objective(outputs, masks, loss_function, config.loss)
+        if partner is not None:
+            other = objective(outputs, masks[partner], loss_function, config.loss)
+            loss = share * loss + (1 - share) * other
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        if config.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
         optimizer.step()
+        if learner.average is not None and (newest := ema_share(config.optim, step)):
+            move_average(learner.average, learner.model, newest)
         total += loss.detach() * len(images)
         tiles += len(images)
     # The one synchronisation of the epoch.
@@ -151,6 +222,55 @@ def train_epoch(
     if dist.is_initialized():
         dist.all_reduce(sums)
     return float(sums[0] / sums[1].clamp(min=1)), int(sums[1])
+
+
+def objective(outputs: Tensor | Outputs, masks: Tensor, loss: Loss, config: LossConfig) -> Tensor:
+    """Return the loss of a network's outputs in training: a scalar in float32, whatever the autocast."""
+    if isinstance(outputs, Tensor):
+        return loss(outputs.float(), masks)
+    heads = tuple(level.float() for level in outputs.auxiliary)
+    main = loss(outputs.logits.float(), masks)
+    return main + deep_supervision(loss, heads, outputs.empty.float(), masks, config)
+
+
+def averaged_model(
+    learner: Learner, epoch: int, training_batches: Callable[[int], Batches]
+) -> EncoderDecoder:
+    """Return the model to be judged after an epoch: the average, once there is one, else the last weights."""
+    if learner.average is None:
+        return learner.model
+    if learner.config.optim.average == "swa":
+        share = swa_share(learner.config.optim, epoch, learner.config.epochs)
+        if not share:
+            return learner.model
+        move_average(learner.average, learner.model, share)
+        recompute_batchnorm(learner.average, training_batches(epoch), learner.device, learner.amp)
+    return learner.average
+
+
+@torch.no_grad()
+def recompute_batchnorm(
+    model: nn.Module, batches: Batches, device: torch.device, amp: torch.dtype | None
+) -> None:
+    """Set BatchNorm's statistics anew: averaged weights have other activations than those they come from.
+
+    As PyTorch's `update_bn`, the mean over all batches, but without dropout, as the model will be used.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    if not layers:
+        return
+    model.eval()
+    usual = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.train()
+        layer.momentum = None
+    for batch in batches:
+        images, _, depth = _to_device(batch, device)
+        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+            model(images, depth)
+    for layer, momentum in zip(layers, usual, strict=True):
+        layer.momentum = momentum
 
 
 @torch.inference_mode()
@@ -161,9 +281,9 @@ def evaluate(
     model.eval()
     intersections, unions = [], []
     for batch in batches:
-        images, masks = _to_device(batch, device)
+        images, masks, depth = _to_device(batch, device)
         with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-            salt = model(images) > 0
+            salt = model(images, depth) > 0
         truth = masks > 0
         intersections.append((salt & truth).sum(dim=(1, 2)))
         unions.append((salt | truth).sum(dim=(1, 2)))
@@ -193,9 +313,10 @@ def to_input(images: Tensor, device: torch.device) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def _to_device(batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the network's input, and masks float32 (n, h, w) in {0, 1}."""
-    return to_input(batch["image"], device), batch["mask"].to(device).float()
+def _to_device(batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the network's input, masks float32 (n, h, w) in {0, 1}, and where there are any the depths."""
+    depth = batch["z"].to(device) if "z" in batch else None
+    return to_input(batch["image"], device), batch["mask"].to(device).float(), depth
 
 
 def _broadcast_buffers(model: nn.Module) -> None:
@@ -203,6 +324,10 @@ def _broadcast_buffers(model: nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def _copy_weights(model: nn.Module) -> Weights:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -213,7 +338,8 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 def _report(
     report: Report,
     results: dict[str, Any],
-    best_weights: dict[str, Tensor],
+    best_weights: Weights,
+    snapshots: list[Weights],
     config: TrialConfig,
     history: list[float],
     state: dict[str, Any] | None,
@@ -224,5 +350,5 @@ def _report(
     with tempfile.TemporaryDirectory(prefix="saltray-") as name:
         folder = Path(name)
         best = {"best_map": max(history), "best_epoch": len(history) - epochs_since_best(history)}
-        checkpoint.save(folder, best_weights, config, best | {"history": history}, state)
+        checkpoint.save(folder, best_weights, config, best | {"history": history}, state, snapshots)
         report(results, folder)

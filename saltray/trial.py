@@ -4,6 +4,7 @@ One worker runs in Ray Train's local mode, inside Tune's own actor, which is reu
 trial then costs about a second beside its training. Several workers run under `TorchTrainer` with DDP.
 """
 
+import math
 import platform
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
     # Inside Tune's actor, Ray Train's context is not to be asked.
     rank = 0 if alone else train.get_context().get_world_rank()
     torch.set_num_threads(max(1, round(resources.cpus)))
+    batch_size = config.batch_size // resources.workers
 
     device = _device(resources)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
@@ -130,7 +132,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
             config.augment,
             seed=config.seed,
             epoch=epoch,
-            batch_size=config.batch_size // resources.workers,
+            batch_size=batch_size,
             cpus_per_task=resources.cpus * DATA_SHARE,
         )
 
@@ -151,6 +153,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
                 training_batches,
                 validation_batches,
                 report,
+                steps=math.ceil(tiles.training[rank].count() / batch_size),
                 device=device,
                 resume=Path(folder) if folder else None,
             )

@@ -251,21 +251,21 @@ def stream(
 
 
 def recognise(tiles: Tiles, batches: list[dict[str, torch.Tensor]]) -> Flips:
-    """Tell which tile each image is, and if it was flipped; check that its mask was flipped likewise."""
+    """Tell which tile each image is, and if it was flipped; check that mask and depth are its own."""
     rows = columns(tiles.decoded)
     known = {}
-    for tile, image, mask in zip(rows["id"], rows["image"], rows["mask"], strict=True):
-        known[image.tobytes()] = (str(tile), False, mask)
-        known[image[:, ::-1].tobytes()] = (str(tile), True, mask[:, ::-1])
+    for tile, image, mask, z in zip(rows["id"], rows["image"], rows["mask"], rows["z"], strict=True):
+        known[image.tobytes()] = (str(tile), False, mask, z)
+        known[image[:, ::-1].tobytes()] = (str(tile), True, mask[:, ::-1], z)
     assert len(known) == 2 * TRAIN, "no image is another's, nor its own mirror image"
     found: Flips = {}
     for batch in batches:
         assert batch["image"].dtype == batch["mask"].dtype == torch.uint8
         assert batch["image"].shape == batch["mask"].shape == (len(batch["image"]), TILE, TILE)
-        for image, mask in zip(batch["image"].numpy(), batch["mask"].numpy(), strict=True):
-            tile, flipped, expected = known[image.tobytes()]
+        for image, mask, z in zip(*(batch[name].numpy() for name in ("image", "mask", "z")), strict=True):
+            tile, flipped, expected, depth = known[image.tobytes()]
             assert tile not in found, "each tile once an epoch"
-            assert np.array_equal(mask, expected)
+            assert np.array_equal(mask, expected) and z == depth
             found[tile] = flipped
     return found
 

@@ -1,4 +1,8 @@
+import torch
 from hypothesis import settings
+
+# The networks of these tests are tiny: on a busy machine a second thread makes them many times slower.
+torch.set_num_threads(1)
 
 # The same examples in every run, and no time limit: a busy machine must not fail a test.
 settings.register_profile("saltray", deadline=None, max_examples=60, derandomize=True, database=None)

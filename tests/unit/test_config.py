@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from saltray.config import DEBUG, TILE, ModelConfig, TrialConfig, UserError
+from saltray.config import DEBUG, TILE, LossConfig, ModelConfig, TrialConfig, UserError
 
 rates = st.floats(1e-9, 1)
 valid = st.fixed_dictionaries(
@@ -20,10 +20,14 @@ valid = st.fixed_dictionaries(
                 "levels": st.integers(1, 5),
                 "dropout": st.floats(0, 1, exclude_max=True),
                 "residual_blocks": st.integers(1, 8),
+                "normalisation": st.sampled_from(["auto", "none", "batch", "group"]),
+                "deep_supervision": st.booleans(),
+                "padded_size": st.sampled_from([101, 112, 128]),
             },
         ),
         "optim": st.fixed_dictionaries({}, optional={"learning_rate": rates, "min_learning_rate": rates}),
         "augment": st.fixed_dictionaries({}, optional={"flip": st.floats(0, 1)}),
+        "loss": st.fixed_dictionaries({}, optional={"then": st.sampled_from([None, "lovasz"])}),
         "precision": st.sampled_from(["auto", "float32", "bfloat16"]),
         "batch_size": st.integers(1, 4096),
         "seed": st.integers(0, 2**32 - 1),
@@ -46,7 +50,11 @@ def test_the_defaults_are_the_seeds() -> None:
     config = TrialConfig.from_dict({})
     assert config == TrialConfig()
     assert (config.model.architecture, config.model.filters, config.model.levels) == ("unet", 16, 4)
-    assert (config.loss, config.augment.flip, config.model.residual_blocks) == ("bce", 0.5, 2)
+    assert (config.loss, config.augment.flip, config.model.residual_blocks) == (
+        LossConfig(name="bce"),
+        0.5,
+        2,
+    )
     assert TILE == 101
 
 
@@ -67,7 +75,14 @@ def test_the_defaults_are_the_seeds() -> None:
         ({"optim": {"plateau_factor": 1}}, "optim/plateau_factor", "less than 1, got 1"),
         ({"optim": {"plateau_patience": 0}}, "optim/plateau_patience", "got 0"),
         ({"augment": {"flip": 1.5}}, "augment/flip", "less than or equal to 1, got 1.5"),
-        ({"loss": "mse"}, "loss", "'bce', got 'mse'"),
+        ({"loss": "mse"}, "loss/name", "'lovasz_elu_symmetric', got 'mse'"),
+        ({"loss": {"then": "mse"}}, "loss/then", "got 'mse'"),
+        ({"loss": {"switch_at": 1.0}}, "loss/switch_at", "less than 1, got 1.0"),
+        ({"model": {"padded_size": 120}}, "model/padded_size", "101, 112 or 128, got 120"),
+        ({"model": {"encoder_weights": "imagenet"}}, "model", "needs an encoder that is not 'own'"),
+        ({"optim": {"clip_norm": 0}}, "optim/clip_norm", "greater than 0, got 0"),
+        ({"optim": {"snapshots": True}}, "optim", "need the schedule 'cosine', not 'plateau'"),
+        ({"augment": {"shift": 0.6}}, "augment/shift", "less than or equal to 0.5, got 0.6"),
         ({"batch_size": "many"}, "batch_size", "got 'many'"),
         ({"precision": "float16"}, "precision", "'float32' or 'bfloat16', got 'float16'"),
         ({"epochs": 0}, "epochs", "got 0"),
@@ -101,6 +116,11 @@ def test_it_is_frozen_and_validated_when_built() -> None:
         config.model.filters = 3  # type: ignore[misc]
     with pytest.raises(ValidationError, match="less than or equal to 256"):
         ModelConfig(filters=257)
+
+
+def test_a_loss_is_read_from_its_name_alone_as_earlier_checkpoints_have_it() -> None:
+    assert TrialConfig.from_dict({"loss": "bce"}) == TrialConfig()
+    assert TrialConfig.from_dict({"loss": "lovasz"}).loss == LossConfig(name="lovasz")
 
 
 def test_the_debug_preset_is_far_smaller() -> None:

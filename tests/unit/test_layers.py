@@ -11,6 +11,7 @@ LAYERS = [
     ["rle"],
     ["metrics"],
     ["losses"],
+    ["layers", "pretrained"],
     ["model"],
     ["optim"],
     ["augment"],
@@ -37,7 +38,8 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 WITHOUT_RAY = [
-    *("config", "rle", "metrics", "losses", "model", "optim", "augment", "checkpoint", "training"),
+    *("config", "rle", "metrics", "losses", "layers", "pretrained", "model", "optim", "augment"),
+    *("checkpoint", "training"),
     *("submission", "study", "cli", "demo", "score"),
 ]
 

@@ -1,3 +1,4 @@
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.special import logit as scipy_logit
 from sklearn.metrics import jaccard_score
 
 from saltray import metrics
+from saltray.metrics import Postprocessing
 
 EXACT_THRESHOLDS = [Fraction(k, 20) for k in range(10, 20)]
 
@@ -113,29 +115,63 @@ def test_thresholds_cut_the_probability_not_the_logit() -> None:
         np.testing.assert_array_equal(union[:, column], (salt | truth).sum(axis=(1, 2)))
 
 
+def both_views(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.stack([counts, counts], axis=1)
+
+
 def test_chosen_threshold_is_the_best_one() -> None:
     truth = np.zeros((3, 10, 10), bool)
     truth[:, 2:8, 2:8] = True
     # Salt has probability 0.72 and its surroundings 0.65: only thresholds between them score 1.
     logits = np.where(truth, metrics.logit(0.72), metrics.logit(0.65)).astype(np.float32)
-    threshold, scores = metrics.choose_threshold(*metrics.overlap_by_threshold(logits, truth))
-    assert threshold == 0.66
+    intersection, union = metrics.overlap_by_threshold(logits, truth)
+    chosen, scores = metrics.choose_postprocessing(
+        both_views(intersection), both_views(union), truth.sum(axis=(1, 2))
+    )
+    # Mirrored views that change nothing are not worth their time.
+    assert chosen == Postprocessing(threshold=0.66, tta=False, min_area=0)
     assert [p for p, score in scores.items() if score == 1] == ["0.66", "0.68", "0.70"]
     assert list(scores) == [f"{p:.2f}" for p in metrics.PROBABILITIES]
     assert scores["0.72"] == scores["0.80"] == 0
 
 
 def test_equally_good_thresholds_fall_to_the_middle() -> None:
-    counts = np.full((4, len(metrics.PROBABILITIES)), 9)
-    assert metrics.choose_threshold(counts, counts)[0] == 0.5
+    counts = np.full((4, 2, len(metrics.PROBABILITIES)), 9)
+    chosen, _ = metrics.choose_postprocessing(counts, counts, np.full(4, 9))
+    assert chosen == Postprocessing(threshold=0.5)
 
 
 def test_threshold_is_chosen_by_the_mean_over_tiles() -> None:
     n = len(metrics.PROBABILITIES)
-    union = np.full((2, n), 100)
-    intersection = np.full((2, n), 40)
-    intersection[0, 3], intersection[:, 20] = 100, 90  # one perfect tile against two good ones
-    threshold, scores = metrics.choose_threshold(intersection, union)
-    assert threshold == metrics.PROBABILITIES[20]
+    union = np.full((2, 2, n), 1000)
+    intersection = np.full((2, 2, n), 400)
+    intersection[0, :, 3], intersection[:, :, 20] = 1000, 900  # one perfect tile against two good ones
+    chosen, scores = metrics.choose_postprocessing(intersection, union, np.full(2, 1000))
+    assert chosen.threshold == metrics.PROBABILITIES[20]
     assert scores["0.26"] == pytest.approx(0.5)
     assert scores["0.60"] == pytest.approx(0.8)
+
+
+def test_postprocessing_agrees_with_every_candidate_applied_to_the_masks() -> None:
+    rng = np.random.default_rng(8)
+    truth = np.zeros((40, 16, 16), bool)
+    for i in range(0, 40, 2):
+        truth[i, : 4 + i // 4, 3:12] = True
+    noise = rng.normal(0, 1.2, truth.shape)
+    views = [2.0 * truth - 1.5 + noise, 2.0 * truth - 1.5 + 0.7 * noise]
+    counts = [metrics.overlap_by_threshold(v.astype(np.float32), truth) for v in views]
+    chosen, scores = metrics.choose_postprocessing(
+        np.stack([c[0] for c in counts], axis=1),
+        np.stack([c[1] for c in counts], axis=1),
+        truth.sum(axis=(1, 2)),
+    )
+    results = {}
+    for tta, p, least in itertools.product((False, True), metrics.PROBABILITIES, metrics.MIN_AREAS):
+        masks = expit(views[tta].astype(np.float32).astype(np.float64)) > p
+        masks[masks.sum(axis=(1, 2)) < least] = False
+        results[Postprocessing(p, tta, least)] = metrics.mean_precision(masks, truth)
+    assert results[chosen] == max(results.values())
+    assert chosen.tta and chosen.min_area > 0  # so that the example tells something
+    for p in metrics.PROBABILITIES:
+        same = Postprocessing(p, chosen.tta, chosen.min_area)
+        assert scores[f"{p:.2f}"] == pytest.approx(results[same])

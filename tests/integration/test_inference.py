@@ -1,0 +1,72 @@
+"""Postprocessing on Ray Data's actors, against the same by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from saltray import checkpoint, dataset, demo, inference, metrics, rle
+from saltray.config import ModelConfig, TrialConfig
+from saltray.metrics import Postprocessing
+from saltray.model import build_model
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo.write(tmp_path_factory.mktemp("demo"), train=24, test=4, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights that reads the depth, and calls some pixels of most tiles salt."""
+    torch.manual_seed(4)
+    config = TrialConfig(model=ModelConfig(filters=2, levels=1, dropout=0, depth=True))
+    weights = build_model(config.model).state_dict()
+    weights["head.bias"] += 0.3
+    folder = tmp_path_factory.mktemp("model")
+    checkpoint.save(folder, weights, config, {"threshold": 0.62, "history": [0.1]})
+    return folder
+
+
+def by_hand(folder: Path, images: torch.Tensor, z: torch.Tensor, tta: bool) -> torch.Tensor:
+    """Return probabilities of salt."""
+    network, pixels = checkpoint.load_model(folder), images[:, None] / 255
+    with torch.inference_mode():
+        salt = torch.sigmoid(network(pixels, z))
+        mirrored = torch.sigmoid(network(pixels.flip(3), z)).flip(2)
+    return (salt + mirrored) / 2 if tta else salt
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_masks_are_as_by_hand(model: Path, data: Path, tta: bool) -> None:
+    tiles, _ = dataset.decode(dataset.read_train(dataset.open_folder(str(data))))
+    rows = next(iter(tiles.iter_batches(batch_size=None)))
+    salt = by_hand(model, torch.tensor(rows["image"]), torch.tensor(rows["z"]), tta).numpy()
+    cut = float(np.median(salt))
+    masks = salt > cut
+    least = int(np.median(masks.sum(axis=(1, 2))))
+    masks[masks.sum(axis=(1, 2)) < least] = False
+    assert 0 < masks.any(axis=(1, 2)).sum() < len(masks)
+    codes = inference.segment(model, tiles, Postprocessing(cut, tta, least))
+    agreement = [
+        np.mean(rle.decode(codes[str(i)]) == mask) for i, mask in zip(rows["id"], masks, strict=True)
+    ]
+    assert min(agreement) > 0.999  # a pixel on the threshold may fall to either side
+
+
+def test_calibration_scores_as_the_masks_do(model: Path, data: Path) -> None:
+    table = dataset.read_train(dataset.open_folder(str(data)))
+    tiles, _ = dataset.decode(table)
+    chosen, scores = inference.calibrate(model, tiles)
+    codes = inference.segment(model, tiles, chosen)
+    truth = np.stack([rle.decode(code) for code in table.rows["rle"]])
+    predicted = np.stack([rle.decode(codes[i]) for i in table.rows["id"]])
+    assert scores[f"{chosen.threshold:.2f}"] == pytest.approx(metrics.mean_precision(predicted, truth))
+    assert scores[f"{chosen.threshold:.2f}"] == max(scores.values())
+
+
+def test_what_was_not_stored_with_a_model_has_its_default(model: Path) -> None:
+    assert inference.stored_postprocessing(model) == Postprocessing(0.62, False, 0)
