@@ -6,7 +6,8 @@ runs/NAME/
   study.db          the Optuna study
   trials/           each trial's log, results and newest checkpoint, by session
   logs/             what Ray and Optuna had to say
-  best/             the best model: weights, configuration, threshold, metrics
+  best/             the best model's bundle (`saltray.bundle`)
+  tensorboard/      event files, a folder a trial
   submission.csv
 """
 
@@ -18,7 +19,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -33,9 +33,7 @@ import ray
 import ray.data
 from pydantic import Field
 from ray.exceptions import RaySystemError
-from ray.train import Checkpoint
 
-from saltray import checkpoint
 from saltray.config import SearchConfig, UserError
 from saltray.study import STUDY_NAME
 
@@ -262,7 +260,7 @@ def quiet(log: Path | None) -> Iterator[None]:
         file = stack.enter_context((log or Path(os.devnull)).open("a", buffering=1))
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        for name in ("ray", "ray.data", "ray.tune", "ray.train", "optuna"):
+        for name in ("saltray", "ray", "ray.data", "ray.tune", "ray.train", "optuna"):
             logger = logging.getLogger(name)
             before = logger.handlers
             # Ray Data's own file handler stays; what prints goes.
@@ -277,29 +275,3 @@ def quiet(log: Path | None) -> Iterator[None]:
         stack.callback(os.close, stderr)
         stack.callback(os.dup2, stderr, 2)
         yield
-
-
-def stage_best(folder: Path, checkpoint_path: str) -> Path:
-    """Copy the best checkpoint to `best.new/`, without its training state."""
-    fresh = folder / "best.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    with Checkpoint(checkpoint_path).as_directory() as name:
-        source = Path(name)
-        weights, config = checkpoint.load_weights(source), checkpoint.load_config(source)
-        snapshots = checkpoint.load_snapshots(source)
-        checkpoint.save(fresh, weights, config, checkpoint.load_metrics(source), snapshots=snapshots)
-    return fresh
-
-
-def add_metrics(model: Path, facts: dict[str, Any]) -> None:
-    """Add facts to a checkpoint's metrics."""
-    known = checkpoint.load_metrics(model)
-    (model / checkpoint.METRICS).write_text(json.dumps(known | facts, indent=2) + "\n")
-
-
-def publish_best(fresh: Path) -> Path:
-    """Make `best.new/` the run's `best/`, in place of an earlier session's."""
-    best = fresh.with_name("best")
-    shutil.rmtree(best, ignore_errors=True)
-    return fresh.rename(best)

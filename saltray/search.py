@@ -4,6 +4,7 @@ The study in the run's folder is the one truth. Every result goes there as it co
 waits there with its parameters and its checkpoint, and a resumed search reads what is left to do from it.
 """
 
+import shutil
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import Searcher
 
+from saltray.checkpoint import TRAINING
 from saltray.config import SearchConfig, UserError
 from saltray.engine import METRIC, make_sampler, make_scheduler
 from saltray.plan import Plan
@@ -119,6 +121,14 @@ class StudySearch(Searcher):
         self._epochs: dict[str, list[dict[str, Any]]] = {}
         self._completed: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave all out of Tune's own snapshot: it is never restored, and the study may hold a password."""
+        return {}
+
+    def __deepcopy__(self, memo: Any) -> "StudySearch":
+        """Stay one: Tune copies what it is configured with."""
+        return self
+
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """Ask for the next trial's spec (`saltray.trial.run_trial`).
 
@@ -222,7 +232,10 @@ class StudySearch(Searcher):
 
 
 class Recorder(tune.Callback):
-    """Writes into the study what Tune tells its callbacks alone: checkpoints' places and errors."""
+    """Writes into the study what Tune tells its callbacks alone: checkpoints' places and errors.
+
+    Of an ended trial it keeps on disk what the study names, without the state to train on from.
+    """
 
     def __init__(self, search: StudySearch) -> None:
         """Keep the search."""
@@ -238,6 +251,29 @@ class Recorder(tune.Callback):
         """Record an error that outlasted the retries: its traceback's last line."""
         lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
         self._search.record_failure(trial.trial_id, lines[-1] if lines else "its process died")
+        self._trim(trial)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Make room on the disk."""
+        self._trim(trial)
+
+    def _trim(self, trial: Any) -> None:
+        known = self._search.study.get_trials(deepcopy=False)[trial.config["number"]]
+        path = checkpoint_of(known)
+        if known.state.is_finished() and path is not None and "://" not in path:
+            trim(Path(path))
+
+
+def trim(folder: Path) -> None:
+    """Drop what only training on needs: a trial's older checkpoints, of all sessions, and the newest's state.
+
+    Args:
+        folder: the newest checkpoint of a trial that has ended, `session-SS/NNNN/checkpoint_CCCCCC`.
+    """
+    for other in folder.parents[2].glob(f"session-*/{folder.parent.name}/checkpoint_*"):
+        if other < folder:
+            shutil.rmtree(other, ignore_errors=True)
+    (folder / TRAINING).unlink(missing_ok=True)
 
 
 def run_search(

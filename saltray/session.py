@@ -1,5 +1,6 @@
 """One session of a search, from the checks at its start to the submission at its end."""
 
+import contextlib
 import shlex
 import sys
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.markup import escape
 
-from saltray import dataset, demo, inference, run, search, submission
+from saltray import bundle, dataset, demo, inference, run, search, submission, tracking
 from saltray import space as spaces
 from saltray.plan import Plan, plan
 from saltray.space import Space
@@ -135,6 +136,7 @@ def _console() -> Console:
 
 def _connect(console: Console, address: str | None) -> str:
     with console.status("starting Ray"), run.quiet(None):
+        tracking.mlflow_client()  # where it is asked for and cannot be reached, this is told now
         return run.connect(address)
 
 
@@ -227,24 +229,34 @@ def _search_and_predict(
     view = LiveView(
         console, study, trials=settings.trials, epochs=settings.epochs, time_budget=settings.time_budget
     )
-    with view, run.quiet(folder / "logs" / "search.log"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(view)
+        stack.enter_context(run.quiet(folder / "logs" / "search.log"))
+        trackers = [stack.enter_context(tracker) for tracker in tracking.trackers(folder, study)]
         tiles = Tiles.share(data.training, data.validation, chosen.resources.workers)
-        reached = search.run_search(space, tiles, chosen, folder, study, settings, callbacks=[view])
+        reached = search.run_search(space, tiles, chosen, folder, study, settings, [view, *trackers])
     with console.status("predicting"), run.quiet(folder / "logs" / "predict.log"):
         best = best_trial(study)
         facts = _predict(folder, best, data)
+        tracking.log_best(study, folder / "best", {k: facts[k] for k in ("threshold", "validation_map")})
     _tell_end(console, folder, settings, study, best, facts, reached)
 
 
 def _predict(folder: Path, best: FrozenTrial, data: Data) -> dict[str, Any]:
-    """Choose the postprocessing, write the best model and the submission; return what is known of it."""
-    model = run.stage_best(folder, best.user_attrs["checkpoint"])
+    """Choose the postprocessing, write the submission and the best model's bundle; return what is known."""
+    model = bundle.stage(folder, best.user_attrs["checkpoint"])
     chosen, scores = inference.calibrate(model, data.validation)
     facts = asdict(chosen) | {"validation_map": scores[f"{chosen.threshold:.2f}"], "scores": scores}
-    run.add_metrics(model, {"trial": best.number} | facts)
+    tiles = bundle.describe_tiles(data.training, data.validation)
+    bundle.add_metrics(model, {"trial": best.number, "tiles": tiles} | facts)
     codes = inference.segment(model, data.test, chosen)
-    run.publish_best(model)
     submission.write(folder / "submission.csv", data.ids, codes)
+    try:
+        bundle.export_onnx(model)
+    except bundle.ExportError as error:
+        facts["onnx_problem"] = str(error)
+    bundle.write_card(model)
+    bundle.publish(model)
     return facts
 
 
@@ -310,6 +322,8 @@ def _tell_end(
         lines["hidden test mAP"] = f"[bold]{hidden:.4f}[/]; an all-empty submission {empty:.4f}"
     lines["submission"] = escape(str(folder / "submission.csv"))
     lines["model"] = escape(str(folder / "best"))
+    if "onnx_problem" in facts:
+        lines["without ONNX"] = f"[yellow]{escape(facts['onnx_problem'])}[/]"
     lines["logs"] = escape(str(folder / "logs"))
     if counts.waiting:
         lines["go on"] = f"python -m saltray.tune --resume {shlex.quote(str(folder))}"

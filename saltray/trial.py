@@ -6,10 +6,11 @@ trial then costs about a second beside its training. Several workers run under `
 
 import math
 import platform
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -17,7 +18,8 @@ from ray import train, tune
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from saltray import stream, training
+from saltray import samples, stream, training
+from saltray.augment import Batch
 from saltray.config import TrialConfig
 
 EVALUATION_BATCH = 64
@@ -53,15 +55,18 @@ class Tiles:
 
     training: list[ray.data.Dataset]
     validation: list[ray.data.Dataset]
+    shown: samples.Samples
+    """A few of the validation tiles, to look at."""
 
     @classmethod
     def share(cls, training: ray.data.Dataset, validation: ray.data.Dataset, workers: int) -> "Tiles":
         """Share materialized datasets among the workers of a trial."""
+        few = samples.choose(cast(Iterable[Batch], validation.iter_batches(batch_size=None)))
         if workers == 1:
-            return cls([training], [validation])
+            return cls([training], [validation], few)
         count = validation.count()
         cuts = [count * i // workers for i in range(1, workers)]
-        return cls(list(training.split(workers, equal=True)), list(validation.split_at_indices(cuts)))
+        return cls(list(training.split(workers, equal=True)), list(validation.split_at_indices(cuts)), few)
 
 
 def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources, storage: str) -> None:
@@ -140,6 +145,8 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
         return stream.plain_stream(tiles.validation[rank], batch_size=EVALUATION_BATCH)
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        if folder and metrics["map"] == metrics["best_map"]:
+            samples.draw(folder, tiles.shown, device)
         checkpoint = train.Checkpoint.from_directory(folder) if folder else None
         (tune if alone else train).report(metrics | {"device": name}, checkpoint=checkpoint)
 

@@ -1,6 +1,7 @@
 """The programs as a user runs them: each a process with a Ray of its own."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,9 +29,11 @@ def test_search_predict_score_extend(start: type[Program], files: Path, tmp_path
     threshold = json.loads((run / "best" / "metrics.json").read_text())["threshold"]
     assert 0.2 <= threshold <= 0.8
 
-    # The bundle alone gives the same submission, and the score can be told.
-    alone = tmp_path / "alone.csv"
-    start("saltray.predict", run / "best", "--data", files / "data", "--out", alone).finish()
+    # The bundle alone, anywhere, gives the same submission, and the score can be told.
+    bundle, alone = Path(shutil.copytree(run / "best", tmp_path / "bundle")), tmp_path / "alone.csv"
+    assert (bundle / "model.onnx").is_file()
+    assert f"at probability {threshold:.2f}" in (bundle / "README.md").read_text()
+    start("saltray.predict", bundle, "--data", files / "data", "--out", alone).finish()
     assert alone.read_bytes() == (run / "submission.csv").read_bytes()
     assert 0 <= float(start("saltray.score", alone, files / "truth.csv").finish()) <= 1
     again = start("saltray.predict", run, "--data", files / "data", "--out", alone).finish(1)

@@ -10,8 +10,9 @@ import pytest
 import ray
 from optuna.trial import TrialState
 from ray import tune
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from saltray import checkpoint, dataset, demo, run, search, stream
+from saltray import bundle, checkpoint, dataset, demo, search, stream, tracking
 from saltray.config import SearchConfig
 from saltray.plan import Plan
 from saltray.space import Space
@@ -83,7 +84,7 @@ def test_a_search_is_repeatable_and_its_best_checkpoint_rebuilds_the_model(
     assert studies[0].trials[0].params == SPACE.first
     assert count(studies[0]) == Counts(3, 0, 0, 0)
     best = best_trial(studies[0])
-    folder = run.stage_best(tmp_path / "first", best.user_attrs["checkpoint"])
+    folder = bundle.stage(tmp_path / "first", best.user_attrs["checkpoint"])
     assert checkpoint.load_metrics(folder)["best_map"] == score(best)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.json", "weights.safetensors"]
     checkpoint.load_model(folder)
@@ -95,6 +96,35 @@ def test_a_finished_search_is_extended_and_repeats_nothing(tiles: Tiles, tmp_pat
     assert [t.datetime_start for t in after.trials[:2]] == [t.datetime_start for t in before]
     assert count(after).complete == 4
     assert len(run_search(tmp_path, tiles, trials=4, epochs=1).trials) == 4
+
+
+def test_ended_trials_keep_their_weights_alone_and_tensorboard_shows_all(
+    tiles: Tiles, tmp_path: Path
+) -> None:
+    class Interrupter(tune.Callback):
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+        ) -> None:
+            if (trial.config["number"], result["epoch"]) == (1, 3):
+                signal.raise_signal(signal.SIGINT)
+
+    study = create_study(Place(tmp_path))
+    with tracking.TensorBoard(tmp_path / "tensorboard", study) as board:
+        run_search(tmp_path, tiles, trials=2, epochs=4, callbacks=[board, Interrupter()])
+    kept = sorted(p.name for p in (tmp_path / "trials").glob("session-01/0001/checkpoint_*/training.pt"))
+    assert kept, "a trial that was cut off must be able to go on"
+    with tracking.TensorBoard(tmp_path / "tensorboard", study) as board:
+        run_search(tmp_path, tiles, trials=2, epochs=4, callbacks=[board])
+    assert count(study) == Counts(2, 0, 0, 0)
+    named = {Path(t.user_attrs["checkpoint"]) for t in study.trials}
+    assert set((tmp_path / "trials").glob("session-*/*/checkpoint_*")) == named
+    assert not list((tmp_path / "trials").rglob("training.pt"))
+    assert not list((tmp_path / "trials").rglob("events.*"))  # Tune's own logger stays away
+    shown = EventAccumulator(str(tmp_path / "tensorboard" / "0001")).Reload()
+    values = {e.step: e.value for e in shown.Scalars("best_map")}
+    assert values == pytest.approx(study.trials[1].intermediate_values)
+    improved = [e.step for e in shown.Scalars("map") if e.value == values[e.step]]
+    assert [image.step for image in shown.Images("samples")] == improved
 
 
 def test_a_killed_trial_goes_on_from_its_last_epoch(tiles: Tiles, tmp_path: Path) -> None:
@@ -168,7 +198,7 @@ def test_two_workers_agree_with_one_and_leave_nothing_behind(tiles: Tiles, tmp_p
     study = run_search(tmp_path, two, Plan(1, WorkerResources(2, 1, 0)), trials=1, epochs=2)
     best = best_trial(study)
     assert count(study).complete == 1
-    folder = run.stage_best(tmp_path, best.user_attrs["checkpoint"])
+    folder = bundle.stage(tmp_path, best.user_attrs["checkpoint"])
     import torch
 
     from saltray import training

@@ -55,7 +55,7 @@ def server(tmp_path: Path) -> Iterator[str]:
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
     call("pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", options, "start")
     yield f"postgresql://saltray:s3cret@127.0.0.1:{port}/postgres"
-    call("pg_ctl", "-D", data, "-m", "immediate", "stop")
+    call("pg_ctl", "-D", data, "-m", "fast", "-t", "30", "stop")
 
 
 @pytest.mark.timeout(400)

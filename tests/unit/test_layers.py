@@ -19,6 +19,7 @@ LAYERS = [
     ["stream"],
     ["checkpoint"],
     ["training"],
+    ["samples"],
     ["trial"],
     ["space"],
     ["study"],
@@ -28,7 +29,9 @@ LAYERS = [
     ["submission"],
     ["inference"],
     ["run"],
+    ["bundle"],
     ["view"],
+    ["tracking"],
     ["cli"],
     ["demo"],
     ["session"],
@@ -39,7 +42,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 WITHOUT_RAY = [
     *("config", "rle", "metrics", "losses", "layers", "pretrained", "model", "optim", "augment"),
-    *("checkpoint", "training"),
+    *("checkpoint", "training", "samples"),
     *("submission", "study", "cli", "demo", "score"),
 ]
 
@@ -99,12 +102,12 @@ def test_numerics_and_files_need_no_ray(name: str) -> None:
 
 
 def test_only_the_search_and_its_readers_know_optuna() -> None:
-    known = {"space", "study", "engine", "search", "view", "session", "preview", "report"}
+    known = {"space", "study", "engine", "search", "view", "tracking", "session", "preview", "report"}
     assert {name for name in MODULES if foreign(name, "optuna")} <= known
 
 
 def test_training_and_prediction_meet_through_files_alone() -> None:
-    for name in ("inference", "predict"):
+    for name in ("inference", "bundle", "predict"):
         assert not own(name) & {"trial", "space", "search", "view", "tune"}
 
 

@@ -1,0 +1,60 @@
+"""A few validation tiles, and the picture of what a model makes of them while it learns."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from saltray import checkpoint
+from saltray.training import to_input
+
+PICTURE = "samples.png"
+"""The picture's name in a checkpoint's folder."""
+
+COUNT = 8
+
+_GAP = 3  # pixels between the tiles
+
+Samples = dict[str, npt.NDArray[np.uint8]]
+"""`image` and `mask` (in {0, 1}), uint8 (tiles, height, width)."""
+
+
+def choose(batches: Iterable[Mapping[str, npt.NDArray[np.generic]]]) -> Samples:
+    """Choose tiles of mixed coverage: one without salt, the others spread from the least salt to the most.
+
+    Args:
+        batches: of `image`, `mask` and `coverage`.
+
+    Returns:
+        At most `COUNT` tiles; the same ones for the same batches.
+    """
+    parts = list(batches)
+    columns = {name: np.concatenate([p[name] for p in parts]) for name in ("image", "mask", "coverage")}
+    coverage = columns.pop("coverage").astype(np.float64)
+    order = np.argsort(coverage, kind="stable")
+    salt = order[coverage[order] > 0]
+    spread = np.linspace(0, len(salt) - 1, min(COUNT - 1, len(salt))).round().astype(int)
+    chosen = np.concatenate([np.flatnonzero(coverage == 0)[:1], salt[spread]])
+    return {name: column[chosen].astype(np.uint8) for name, column in columns.items()}
+
+
+def draw(folder: Path, samples: Samples, device: torch.device) -> None:
+    """Write `samples.png` into a checkpoint's folder: what its model makes of the samples."""
+    model = checkpoint.load_model(folder).to(device)
+    with torch.inference_mode():
+        salt = torch.sigmoid(model(to_input(torch.from_numpy(samples["image"]), device)))
+    prediction = salt.mul(255).round().to(torch.uint8).cpu().numpy()
+    Image.fromarray(montage(samples["image"], samples["mask"] * np.uint8(255), prediction)).save(
+        folder / PICTURE
+    )
+
+
+def montage(*rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Put tiles side by side, a row for each array: grey uint8 (n, h, w) each -> one uint8 picture."""
+    tiles = np.stack(rows)
+    framed = np.pad(tiles, [(0, 0), (0, 0), (_GAP, 0), (_GAP, 0)], constant_values=128)
+    picture = framed.transpose(0, 2, 1, 3).reshape(len(rows) * framed.shape[2], -1)
+    return np.pad(picture, [(0, _GAP), (0, _GAP)], constant_values=128)
