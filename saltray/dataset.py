@@ -14,6 +14,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +34,9 @@ from saltray.config import TILE, UserError
 
 TILES_PER_BLOCK = 512
 """10 MiB of image and mask: large enough to outweigh a task's overhead, small enough to stream."""
+
+FOLDS = 5
+"""Of the split; fold 0 validates: 80/20."""
 
 _PNG_LIMIT = 2**20  # bytes; a 101x101 PNG of 16-bit RGB has at most 62 kB
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
@@ -97,7 +101,7 @@ def open_folder(uri: str) -> Folder:
         filesystem, root = pyarrow.fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
         kind = filesystem.get_file_info(root).type
     if kind != pyarrow.fs.FileType.Directory:
-        raise DataError(f"{uri}: no such folder; --data names the folder that holds train.csv")
+        raise DataError(f"{uri}: no such folder; name the one that holds train.csv")
     return Folder(filesystem, root)
 
 
@@ -187,10 +191,8 @@ def decode(table: Table) -> tuple[ray.data.Dataset, Problems]:
     Columns: row int64, id, image uint8 (101, 101), z float32; for training tiles also mask uint8 (101, 101)
     in {0, 1} and coverage float32. Tiles that cannot be read are left out and named in the problems.
     """
-    rows = table.rows
-    parts = [rows.iloc[i : i + TILES_PER_BLOCK] for i in range(0, max(len(rows), 1), TILES_PER_BLOCK)]
     decoded = (
-        ray.data.from_pandas(parts)
+        ray.data.from_pandas(_blocks(table.rows))
         .map_batches(
             partial(_decode_batch, filesystem=table.folder.filesystem, archive=table.archive),
             batch_size=None,
@@ -201,9 +203,22 @@ def decode(table: Table) -> tuple[ray.data.Dataset, Problems]:
     for batch in decoded.select_columns(["id", "error"]).iter_batches(batch_size=None):
         problems |= {str(i): str(e) for i, e in zip(batch["id"], batch["error"], strict=True) if e}
     if problems:
-        good = ~rows["id"].isin(list(problems)).to_numpy()
+        good = ~table.rows["id"].isin(list(problems)).to_numpy()
         decoded, _ = decode(table.where(good))
     return decoded, problems
+
+
+def decode_local(table: Table) -> tuple[Batch, Problems]:
+    """Decode a table's tiles as `decode` does, into arrays of this process and without Ray."""
+    decode_block = partial(_decode_batch, filesystem=table.folder.filesystem, archive=table.archive)
+    with ThreadPoolExecutor() as pool:
+        blocks = ({name: block[name].to_numpy() for name in block} for block in _blocks(table.rows))
+        decoded = list(pool.map(decode_block, blocks))
+    tiles = {name: np.concatenate([block[name] for block in decoded]) for name in decoded[0]}
+    errors = tiles.pop("error")
+    good = errors == ""
+    problems = {str(i): str(e) for i, e in zip(tiles["id"][~good], errors[~good], strict=True)}
+    return {name: column[good] for name, column in tiles.items()}, problems
 
 
 def refuse(problems: Problems, where: str) -> None:
@@ -214,6 +229,11 @@ def refuse(problems: Problems, where: str) -> None:
             f"{where}: {len(problems)} bad tile{'s' * (len(problems) > 1)}:\n{lines}\n"
             "Mend these files, or pass --skip-bad to leave the tiles out."
         )
+
+
+def _blocks(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """Cut a table's rows into blocks; of none at all, one empty block."""
+    return [rows.iloc[i : i + TILES_PER_BLOCK] for i in range(0, max(len(rows), 1), TILES_PER_BLOCK)]
 
 
 def _read_csv(folder: Folder, name: str, columns: list[str]) -> pd.DataFrame:

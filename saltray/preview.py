@@ -55,7 +55,7 @@ def show(settings: run.Settings, *, address: str | None) -> None:
             ]
     finally:
         run.disconnect()
-    training_tiles = count * (session.FOLDS - 1) // session.FOLDS
+    training_tiles = count * (dataset.FOLDS - 1) // dataset.FOLDS
     trial_seconds = [settings.epochs * training_tiles / rate for rate in rates]
     console.print(f"[bold]{escape(str(space.path))}[/]\n")
     console.print(_parameters([drawn for drawn, _ in samples]))

@@ -31,9 +31,6 @@ from saltray.study import (
 from saltray.trial import Tiles
 from saltray.view import LiveView, text
 
-FOLDS = 5
-"""Fold 0 validates: an 80/20 split."""
-
 CHECKED = 20
 """Configurations drawn from a space, and their networks built, before a search begins."""
 
@@ -166,7 +163,7 @@ def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str
     with console.status("reading and checking the tiles"), run.quiet(None):
         folder = dataset.open_folder(settings.data)
         train, test = dataset.read_train(folder), dataset.read_test(folder)
-        fold = dataset.stratified_folds(train.rows["coverage"], FOLDS, settings.seed)
+        fold = dataset.stratified_folds(train.rows["coverage"], dataset.FOLDS, settings.seed)
         parts, problems = [], train.problems | test.problems
         for table in (train.where(fold != 0), train.where(fold == 0), test):
             tiles, bad = dataset.decode(table)

@@ -22,6 +22,7 @@ from saltray.dataset import (
     DataError,
     Table,
     decode,
+    decode_local,
     open_folder,
     read_test,
     read_train,
@@ -95,7 +96,9 @@ def test_folder_and_zip_decode_to_the_files_rows(tiles: Tiles, data: Path) -> No
     decoded, problems = decode(read_train(open_folder(str(data))))
     assert problems == {} and decoded.num_blocks() > 1
     zipped = columns(decoded)
-    for rows in (unpacked, zipped):
+    local, problems = decode_local(read_train(open_folder(str(data))))
+    assert problems == {} and local.keys() == unpacked.keys() - {"error"}
+    for rows in (unpacked, zipped, local):
         assert {name: rows[name].dtype for name in ("row", "image", "mask", "z", "coverage")} == {
             "row": np.int64,
             "image": np.uint8,

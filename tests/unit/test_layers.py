@@ -33,17 +33,19 @@ LAYERS = [
     ["view"],
     ["tracking"],
     ["cli"],
+    ["page"],
+    ["survey"],
     ["demo"],
     ["session"],
     ["preview"],
-    ["tune", "predict", "score"],
+    ["tune", "predict", "score", "explore"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 WITHOUT_RAY = [
     *("config", "rle", "metrics", "losses", "layers", "pretrained", "model", "optim", "augment"),
     *("checkpoint", "training", "samples"),
-    *("submission", "study", "cli", "demo", "score"),
+    *("submission", "study", "cli", "page", "demo", "score"),
 ]
 
 
