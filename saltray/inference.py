@@ -2,15 +2,16 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import ray
 import ray.data
 import torch
 
-from saltray import checkpoint, metrics, rle
+from saltray import checkpoint, metrics, rle, validation
 from saltray.augment import Batch
 from saltray.config import TrialConfig
 from saltray.metrics import Postprocessing
@@ -56,10 +57,12 @@ class Calibrator(Predictor):
     """Counts overlaps at every candidate threshold, so that no prediction has to travel."""
 
     def __call__(self, batch: Batch) -> Batch:
-        """Map tiles to the arguments of `metrics.choose_postprocessing`."""
+        """Map tiles to the arguments of `metrics.choose_postprocessing`; `id` and `z` are passed on."""
         truth = batch["mask"] > 0
         counts = [metrics.overlap_by_threshold(self.logits(batch, tta), truth) for tta in (False, True)]
         return {
+            "id": batch["id"],
+            "z": batch["z"],
             "intersection": np.stack([c[0] for c in counts], axis=1),
             "union": np.stack([c[1] for c in counts], axis=1),
             "truth": truth.sum(axis=(1, 2)),
@@ -81,22 +84,68 @@ class Segmenter(Predictor):
         self.chosen = postprocessing
         self.cut = np.float32(metrics.logit(postprocessing.threshold))
 
+    def masks(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        """Map logits to masks of the same shape (tiles, h, w)."""
+        masks = logits > self.cut
+        masks &= masks.sum(axis=(1, 2), keepdims=True) >= self.chosen.min_area
+        return np.asarray(masks)
+
     def __call__(self, batch: Batch) -> Batch:
         """Map `id`, `image` and `z` to `id` and `rle`."""
-        masks = self.logits(batch, self.chosen.tta) > self.cut
-        masks &= masks.sum(axis=(1, 2), keepdims=True) >= self.chosen.min_area
+        masks = self.masks(self.logits(batch, self.chosen.tta))
         return {"id": batch["id"], "rle": np.array([rle.encode(m) for m in masks], dtype=object)}
 
 
-def calibrate(folder: Path, tiles: ray.data.Dataset) -> tuple[Postprocessing, dict[str, float]]:
-    """Choose what makes masks of a checkpoint's output, on validation tiles.
+class Illustrator(Segmenter):
+    """Keeps what is seen and what is predicted, for a few tiles to be looked at."""
 
-    Returns:
-        The choice, and the score at every candidate threshold under the rest of it.
-    """
-    counts = _map(Calibrator, folder, tiles, {})
-    columns = (np.concatenate([c[name] for c in counts]) for name in ("intersection", "union", "truth"))
-    return metrics.choose_postprocessing(*columns)
+    def __call__(self, batch: Batch) -> Batch:
+        """Map tiles to the columns of `saltray.validation.Gallery`, but the group."""
+        logits = self.logits(batch, self.chosen.tta)
+        return {
+            "id": batch["id"],
+            "image": batch["image"],
+            "truth": batch["mask"] > 0,
+            "prediction": self.masks(logits),
+            "probability": np.rint(255 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.uint8),
+        }
+
+
+class Calibration(NamedTuple):
+    """What was chosen on validation tiles, and what came of it."""
+
+    chosen: Postprocessing
+    scores: dict[str, float]
+    """At every candidate threshold, under the rest of the choice."""
+    tiles: pd.DataFrame
+    """Each tile's result under the choice, as `saltray.validation.tabulate` tells it."""
+
+
+def calibrate(folder: Path, tiles: ray.data.Dataset) -> Calibration:
+    """Choose what makes masks of a checkpoint's output, on validation tiles."""
+    parts = _map(Calibrator, folder, tiles, {})
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    intersection, union, truth = (columns[name] for name in ("intersection", "union", "truth"))
+    chosen, scores = metrics.choose_postprocessing(intersection, union, truth)
+    place = int(chosen.tta), metrics.PROBABILITIES.index(chosen.threshold)
+    counts = metrics.drop_small(intersection[:, *place], union[:, *place], truth, chosen.min_area)
+    return Calibration(chosen, scores, validation.tabulate(columns["id"], truth, *counts, columns["z"]))
+
+
+def illustrate(
+    folder: Path, tiles: ray.data.Dataset, postprocessing: Postprocessing, examples: dict[str, list[str]]
+) -> validation.Gallery:
+    """Predict the gallery's tiles once more, and keep their pictures; `examples` are ids by group."""
+    group = {tile: name for name, ids in examples.items() for tile in ids}
+    if not group:
+        return validation.no_gallery()
+    few = tiles.filter(lambda row: row["id"] in group).materialize()
+    parts = _map(Illustrator, folder, few, {"postprocessing": postprocessing})
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    place = {str(tile): i for i, tile in enumerate(columns["id"])}
+    order = [place[tile] for tile in group]
+    gallery = {name: column[order] for name, column in columns.items()}
+    return gallery | {"id": np.array(list(group)), "group": np.array(list(group.values()))}
 
 
 def stored_postprocessing(folder: Path) -> Postprocessing:

@@ -109,17 +109,11 @@ class Page:
             caption: explains the figure in a line.
             min_width: in CSS pixels; on a narrower page the figure is scrolled in a frame of its own.
         """
-        styled = go.Figure(figure).update_layout(template=TEMPLATE, title=None, width=None, autosize=True)
-        if styled.layout.height is None:
-            styled.update_layout(height=_HEIGHT)
-        self._figures += 1
-        html = styled.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=f"figure-{self._figures}",
-            config={"responsive": True, "displaylogo": False},
-        )
-        self._add("figure", html=html, min_width=min_width, caption=caption)
+        self._add("figure", html=self._html(figure), min_width=min_width, caption=caption)
+
+    def figures(self, figures: Sequence[go.Figure], caption: str) -> None:
+        """Add small figures side by side, as many as the page's width holds, with one caption for all."""
+        self._add("figures", figures=[self._html(figure) for figure in figures], caption=caption)
 
     def pictures(self, pictures: Sequence[Picture], caption: str) -> None:
         """Add pictures side by side, as many as the page is wide; their texts keep their line breaks."""
@@ -141,6 +135,19 @@ class Page:
         temporary = file.with_name(file.name + ".tmp")
         temporary.write_text(html, encoding="utf-8")
         temporary.replace(file)
+
+    def _html(self, figure: go.Figure) -> str:
+        styled = go.Figure(figure).update_layout(template=TEMPLATE, title=None, width=None, autosize=True)
+        if styled.layout.height is None:
+            styled.update_layout(height=_HEIGHT)
+        self._figures += 1
+        html: str = styled.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            div_id=f"figure-{self._figures}",
+            config={"responsive": True, "displaylogo": False},
+        )
+        return html
 
     def _add(self, kind: str, **content: Any) -> None:
         if not self._sections:

@@ -9,6 +9,8 @@ runs/NAME/
   best/             the best model's bundle (`saltray.bundle`)
   tensorboard/      event files, a folder a trial
   submission.csv
+  validation.csv    what the best model does on each validation tile; gallery.npz: a few of them to look at
+  report.html
 """
 
 import contextlib

@@ -3,6 +3,7 @@
 import contextlib
 import shlex
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.markup import escape
 
-from saltray import bundle, dataset, demo, inference, run, search, submission, tracking
+from saltray import bundle, dataset, demo, inference, report, run, search, submission, tracking, validation
 from saltray import space as spaces
 from saltray.plan import Plan, plan
 from saltray.space import Space
@@ -33,6 +34,9 @@ from saltray.view import LiveView, text
 
 CHECKED = 20
 """Configurations drawn from a space, and their networks built, before a search begins."""
+
+EXAMPLES = 6
+"""Tiles of each group in the report's gallery."""
 
 DEMO_TILES = 400
 """Synthetic labelled tiles of a run without data of its own."""
@@ -236,17 +240,23 @@ def _search_and_predict(
         best = best_trial(study)
         facts = _predict(folder, best, data)
         tracking.log_best(study, folder / "best", {k: facts[k] for k in ("threshold", "validation_map")})
+    with console.status("writing the report"), run.quiet(folder / "logs" / "report.log"):
+        facts["report"] = _report(folder, study)
     _tell_end(console, folder, settings, study, best, facts, reached)
 
 
 def _predict(folder: Path, best: FrozenTrial, data: Data) -> dict[str, Any]:
     """Choose the postprocessing, write the submission and the best model's bundle; return what is known."""
     model = bundle.stage(folder, best.user_attrs["checkpoint"])
-    chosen, scores = inference.calibrate(model, data.validation)
+    chosen, scores, table = inference.calibrate(model, data.validation)
+    gallery = inference.illustrate(
+        model, data.validation, chosen, validation.choose_examples(table, EXAMPLES)
+    )
     facts = asdict(chosen) | {"validation_map": scores[f"{chosen.threshold:.2f}"], "scores": scores}
     tiles = bundle.describe_tiles(data.training, data.validation)
     bundle.add_metrics(model, {"trial": best.number, "tiles": tiles} | facts)
     codes = inference.segment(model, data.test, chosen)
+    validation.write(folder, table, gallery)
     submission.write(folder / "submission.csv", data.ids, codes)
     try:
         bundle.export_onnx(model)
@@ -255,6 +265,15 @@ def _predict(folder: Path, best: FrozenTrial, data: Data) -> dict[str, Any]:
     bundle.write_card(model)
     bundle.publish(model)
     return facts
+
+
+def _report(folder: Path, study: optuna.Study) -> str:
+    """Write the report and name its file, or tell what it failed at: the results stand without it."""
+    try:
+        return str(report.write(folder, study))
+    except Exception as error:
+        traceback.print_exc()
+        return f"not written: {type(error).__name__}: {error}"
 
 
 def _tell_start(
@@ -321,6 +340,7 @@ def _tell_end(
     lines["model"] = escape(str(folder / "best"))
     if "onnx_problem" in facts:
         lines["without ONNX"] = f"[yellow]{escape(facts['onnx_problem'])}[/]"
+    lines["report"] = escape(facts["report"])
     lines["logs"] = escape(str(folder / "logs"))
     if counts.waiting:
         lines["go on"] = f"python -m saltray.tune --resume {shlex.quote(str(folder))}"

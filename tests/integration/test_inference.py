@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saltray import checkpoint, dataset, demo, inference, metrics, rle
+from saltray import checkpoint, dataset, demo, inference, metrics, rle, validation
 from saltray.config import ModelConfig, TrialConfig
 from saltray.metrics import Postprocessing
 from saltray.model import build_model
@@ -60,12 +60,43 @@ def test_masks_are_as_by_hand(model: Path, data: Path, tta: bool) -> None:
 def test_calibration_scores_as_the_masks_do(model: Path, data: Path) -> None:
     table = dataset.read_train(dataset.open_folder(str(data)))
     tiles, _ = dataset.decode(table)
-    chosen, scores = inference.calibrate(model, tiles)
+    chosen, scores, _ = inference.calibrate(model, tiles)
     codes = inference.segment(model, tiles, chosen)
     truth = np.stack([rle.decode(code) for code in table.rows["rle"]])
     predicted = np.stack([rle.decode(codes[i]) for i in table.rows["id"]])
     assert scores[f"{chosen.threshold:.2f}"] == pytest.approx(metrics.mean_precision(predicted, truth))
     assert scores[f"{chosen.threshold:.2f}"] == max(scores.values())
+
+
+def test_the_table_and_the_pictures_are_those_of_the_model(model: Path, data: Path) -> None:
+    table = dataset.read_train(dataset.open_folder(str(data)))
+    tiles, _ = dataset.decode(table)
+    chosen, scores, known = inference.calibrate(model, tiles)
+    examples = validation.choose_examples(known, 3)
+    gallery = inference.illustrate(model, tiles, chosen, examples)
+    rows = next(iter(tiles.iter_batches(batch_size=None)))
+    salt = by_hand(model, torch.tensor(rows["image"]), torch.tensor(rows["z"]), chosen.tta).numpy()
+    predicted = salt > chosen.threshold
+    predicted[predicted.sum(axis=(1, 2)) < chosen.min_area] = False
+    assert known["id"].tolist() == table.rows["id"].tolist()
+    assert known["z"].tolist() == table.rows["z"].tolist()
+    np.testing.assert_allclose(known["coverage"], table.rows["coverage"])
+    np.testing.assert_allclose(known["predicted_coverage"], predicted.mean(axis=(1, 2)), atol=3e-4)
+    assert known["precision"].mean() == pytest.approx(scores[f"{chosen.threshold:.2f}"])
+    assert gallery["id"].tolist() == [tile for ids in examples.values() for tile in ids]
+    for i, (tile, group) in enumerate(zip(gallery["id"].tolist(), gallery["group"].tolist(), strict=True)):
+        row = known["id"].tolist().index(tile)
+        assert tile in examples[group]
+        np.testing.assert_array_equal(gallery["image"][i], rows["image"][row])
+        np.testing.assert_array_equal(gallery["truth"][i], rows["mask"][row] > 0)
+        assert np.mean(gallery["prediction"][i] == predicted[row]) > 0.999
+        np.testing.assert_allclose(gallery["probability"][i] / 255, salt[row], atol=0.003)
+
+
+def test_without_any_example_there_is_an_empty_gallery(model: Path, data: Path) -> None:
+    tiles, _ = dataset.decode(dataset.read_train(dataset.open_folder(str(data))))
+    none: dict[str, list[str]] = {group: [] for group in validation.GROUPS}
+    assert len(inference.illustrate(model, tiles, Postprocessing(), none)["id"]) == 0
 
 
 def test_what_was_not_stored_with_a_model_has_its_default(model: Path) -> None:

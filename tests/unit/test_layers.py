@@ -27,6 +27,7 @@ LAYERS = [
     ["plan"],
     ["search"],
     ["submission"],
+    ["validation"],
     ["inference"],
     ["run"],
     ["bundle"],
@@ -36,6 +37,11 @@ LAYERS = [
     ["page"],
     ["survey"],
     ["demo"],
+    ["trial_figures"],
+    ["tile_figures"],
+    ["findings"],
+    ["sections"],
+    ["report"],
     ["session"],
     ["preview"],
     ["tune", "predict", "score", "explore"],
@@ -45,7 +51,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 WITHOUT_RAY = [
     *("config", "rle", "metrics", "losses", "layers", "pretrained", "model", "optim", "augment"),
     *("checkpoint", "training", "samples"),
-    *("submission", "study", "cli", "page", "demo", "score"),
+    *("submission", "validation", "study", "cli", "page", "demo", "trial_figures", "tile_figures", "score"),
 ]
 
 
@@ -104,13 +110,17 @@ def test_numerics_and_files_need_no_ray(name: str) -> None:
 
 
 def test_only_the_search_and_its_readers_know_optuna() -> None:
-    known = {"space", "study", "engine", "search", "view", "tracking", "session", "preview", "report"}
+    known = {"space", "study", "engine", "search", "view", "tracking", "session", "preview"}
+    known |= {"trial_figures", "tile_figures", "findings", "sections", "report"}
     assert {name for name in MODULES if foreign(name, "optuna")} <= known
 
 
 def test_training_and_prediction_meet_through_files_alone() -> None:
-    for name in ("inference", "bundle", "predict"):
-        assert not own(name) & {"trial", "space", "search", "view", "tune"}
+    reports = ("trial_figures", "tile_figures", "findings", "sections", "report")
+    for name in ("inference", "bundle", "predict", *reports):
+        assert not own(name) & {"trial", "space", "search", "view", "session", "tune"}
+    for name in reports:
+        assert not own(name) & {"engine", "inference"}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,0 +1,55 @@
+"""`python -m saltray.report`: write the report of a search, one HTML file that opens offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saltray.cli import run_program
+from saltray.config import UserError
+
+if TYPE_CHECKING:
+    import optuna
+
+REPORT = "report.html"
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write. Default: report.html in the run's folder.")
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option(help="The study's server, where it wants a password: postgresql://...")
+    ] = None,
+) -> None:
+    """Write the report of a search: one HTML file that opens offline."""
+    if out is not None and out.exists():
+        raise UserError(f"{out}: already there; remove it or choose another --out")
+    from saltray import findings, run, sections
+
+    with run.quiet(None):
+        page = sections.build(findings.read(folder, url=study))
+        file = out or folder / REPORT
+        file.parent.mkdir(parents=True, exist_ok=True)
+        page.write(file)
+    typer.echo(f"report: {file}")
+
+
+def write(folder: Path, study: optuna.Study | None = None) -> Path:
+    """Write a run's own `report.html`, in place of an earlier one, and return the file.
+
+    Raises:
+        UserError: the folder holds no run, one of a newer version, or a damaged file.
+    """
+    from saltray import findings, sections
+
+    file = folder / REPORT
+    sections.build(findings.read(folder, study=study)).write(file)
+    return file
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,287 @@
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from html import unescape
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from saltray import report, run, sections, tile_figures, trial_figures, validation
+from saltray.config import UserError
+from saltray.study import score
+from tests.runs import START, make_run, make_trial
+
+TITLES = [
+    "Result", "Best configuration", "Validation tiles", "Salt, depth and score", "Threshold",
+    "Training of the best", "History of the best", "Learning curves", "Parallel coordinates",
+    "Importance of the parameters", "Score by parameter", "Timeline", "Trials", "Environment",
+]  # fmt: skip
+
+
+@pytest.fixture
+def trials() -> list[FrozenTrial]:
+    """A trial in every state, some with a parameter of their own."""
+    complete = [
+        make_trial(
+            TrialState.COMPLETE, [0.4, 0.5 + i / 50, 0.6 + i / 100], rate=10.0 ** (-1 - i), blocks=i or None
+        )
+        for i in range(5)
+    ]
+    stopped = [make_trial(TrialState.PRUNED, [0.39, 0.4 + i / 100], host="node-b") for i in range(6)]
+    failed = make_trial(TrialState.FAIL, [], reason="OSError: <script>alert(1)</script>")
+    return [
+        *complete,
+        *stopped,
+        failed,
+        make_trial(TrialState.RUNNING, [0.3]),
+        make_trial(TrialState.WAITING, []),
+    ]
+
+
+def told(folder: Path) -> tuple[dict[str, str], str]:
+    """Write a report; return what is read in each section, and the whole HTML."""
+    with run.quiet(None):
+        html = report.write(folder).read_text()
+    parts = re.findall(r'<section id="section-\d+">\s*<h2>(.*?)</h2>(.*?)</section>', html, re.DOTALL)
+    without_scripts = {
+        title: re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL) for title, text in parts
+    }
+    return {title: unescape(re.sub(r"<[^>]+>", " ", text)) for title, text in without_scripts.items()}, html
+
+
+def test_a_run_tells_everything(tmp_path: Path, trials: list[FrozenTrial]) -> None:
+    folder = make_run(tmp_path, trials, predicted=True)
+    text, html = told(folder)
+    assert list(text) == TITLES
+    assert not [title for title, words in text.items() if "Nothing yet" in words or "This needs" in words]
+    assert html.count('class="plotly-graph-div"') == 10 + len(trial_figures.slices(trials))
+    assert html.count("<img") == len(np.load(folder / "gallery.npz")["id"]) > 10
+    assert "trial 4, complete after 3 epochs" in text["Result"]
+    assert "It is trial 0, the best when it was last predicted" in text["Result"]
+    assert "blocks 4" in text["Best configuration"]
+    assert "OSError: <script>alert(1)</script>" in text["Trials"]
+    assert "<script>alert" not in html
+    assert "7, of the split" in text["Environment"]
+    assert "abc123" in text["Environment"]
+    assert "secret" not in html
+    assert "u:pw" not in html
+
+
+@pytest.mark.parametrize(
+    ("states", "empty"),
+    [
+        ([], set(TITLES) - {"Result", "Environment"}),
+        ([(TrialState.FAIL, [])], set(TITLES) - {"Result", "Environment", "Trials", "Timeline"}),
+        (
+            [(TrialState.RUNNING, [0.4])],
+            {"Validation tiles", "Salt, depth and score", "Threshold", "Parallel coordinates",
+             "Importance of the parameters", "Score by parameter"},
+        ),
+        (
+            [(TrialState.PRUNED, [0.4]), (TrialState.PRUNED, [0.4])],
+            {"Validation tiles", "Salt, depth and score", "Threshold", "Importance of the parameters"},
+        ),
+    ],
+)  # fmt: skip
+def test_a_section_without_anything_says_why(
+    tmp_path: Path,
+    states: Sequence[tuple[TrialState, list[float]]],
+    empty: set[str],
+) -> None:
+    text, _ = told(make_run(tmp_path, [make_trial(state, scores) for state, scores in states]))
+    assert list(text) == TITLES
+    assert {
+        title for title, words in text.items() if "Nothing yet" in words or "This needs" in words
+    } == empty
+
+
+def test_trials_of_an_older_saltray_are_drawn_from_what_is_known(tmp_path: Path) -> None:
+    text, _ = told(make_run(tmp_path, [make_trial(TrialState.COMPLETE, [0.4, 0.3, 0.5], epochs=[])] * 2))
+    assert "no record of its epochs" in text["Training of the best"]
+    assert "never falls" in text["Learning curves"]
+    assert "older saltray" in text["Timeline"]
+
+
+def test_two_objectives_have_a_front(tmp_path: Path) -> None:
+    several = [make_trial(TrialState.COMPLETE, [v], values=[v, 100 * (1 - v)]) for v in (0.3, 0.5, 0.4)]
+    text, _ = told(make_run(tmp_path, several, objective="map+speed"))
+    assert "Pareto front" in text["Score and speed"]
+
+
+def test_the_pareto_front_holds_what_nothing_beats_in_both() -> None:
+    rng = np.random.default_rng(0)
+    study = optuna.create_study(directions=["maximize", "maximize"])
+    study.add_trials(
+        [make_trial(TrialState.COMPLETE, [v[0]], values=v) for v in rng.random((20, 2)).tolist()]
+    )
+    beaten, front = (
+        {(x, y) for x, y in zip(trace.x, trace.y, strict=True)}
+        for trace in trial_figures.pareto_front(study, study.trials).data
+    )
+    for point in beaten | front:
+        better = [p for p in beaten | front if p != point and p[0] >= point[0] and p[1] >= point[1]]
+        assert (point in front) == (not better)
+
+
+def test_a_run_without_salt_or_depth_has_a_report(tmp_path: Path, trials: list[FrozenTrial]) -> None:
+    folder = make_run(tmp_path, trials, predicted=True)
+    table = validation.tabulate(["a", "b"], [0, 0], [0, 0], [0, 0], [np.nan, np.nan])
+    validation.write(folder, table, validation.no_gallery())
+    text, _ = told(folder)
+    assert "No validation tile holds salt" in text["Validation tiles"]
+    assert "depth" not in text["Validation tiles"]
+    assert "by the depth" not in text["Salt, depth and score"]
+
+
+def test_results_of_another_run_are_not_this_runs(tmp_path: Path) -> None:
+    other = make_trial(TrialState.COMPLETE, [0.9], adopted="runs/other trial 3")
+    text, _ = told(make_run(tmp_path, [other, make_trial(TrialState.COMPLETE, [0.5])]))
+    assert "0.5000" in text["Result"]
+    assert "taken over from another run, and not shown here: 1" in text["Result"]
+    assert "0.9" not in text["Trials"]
+
+
+def test_only_the_runs_own_report_is_replaced(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, [])
+    assert report.write(folder) == report.write(folder) == folder / "report.html"
+    taken = tmp_path / "taken.html"
+    taken.write_text("mine")
+    with pytest.raises(UserError, match=r"taken\.html: already there"):
+        report.main(folder, taken, None)
+    assert taken.read_text() == "mine"
+    report.main(folder, tmp_path / "new" / "report.html", None)
+    assert (tmp_path / "new" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("run.json", json.dumps({"format": 99}), "newer saltray"),
+        ("run.json", "{", r"run\.json: damaged"),
+        ("study.db", "no database", r"study\.db: damaged"),
+        ("validation.csv", "no table", r"validation\.csv: damaged"),
+        ("best/metrics.json", "{", r"metrics\.json: damaged"),
+    ],
+)
+def test_what_is_damaged_is_named_and_an_old_report_stays(
+    tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    folder = make_run(tmp_path, [], predicted=True)
+    before = report.write(folder).read_text()
+    (folder / file).write_text(content)
+    with run.quiet(None), pytest.raises(UserError, match=message):
+        report.write(folder)
+    assert (folder / "report.html").read_text() == before
+
+
+def test_no_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not the folder of a run"):
+        report.write(tmp_path)
+
+
+def test_the_history_counts_every_score(trials: list[FrozenTrial]) -> None:
+    numbered = [_numbered(t, i) for i, t in enumerate(trials)]
+    best, *points = trial_figures.history(numbered).data
+    expected, top = [], -1.0
+    for trial in numbered:
+        if trial.intermediate_values:
+            top = max(top, score(trial))
+            expected.append(top)
+    assert list(best.y) == expected
+    assert sum(len(p.x) for p in points) == len(expected)
+
+
+def test_a_line_of_the_parallel_coordinates_has_the_colour_of_its_score() -> None:
+    rng = np.random.default_rng(0)
+    some = [
+        make_trial(TrialState.COMPLETE, [float(rng.random())], blocks=int(rng.integers(1, 5)))
+        for _ in range(20)
+    ]
+    lines = [line for line in trial_figures.parallel_coordinates(some).data if line.mode == "lines"]
+    scores = [float(line.customdata[0][1]) for line in lines]
+    red = [int(line.line.color.strip("rgb()").split(",")[0]) for line in lines]
+    assert sorted(scores) == pytest.approx(sorted(score(t) for t in some), abs=1e-3)
+    assert np.argsort(scores).tolist() == np.argsort(red)[::-1].tolist()
+
+
+def test_the_parameter_that_decides_is_the_most_important() -> None:
+    rng = np.random.default_rng(0)
+    some = []
+    for _ in range(40):
+        rate, blocks = 10 ** rng.uniform(-5, -1), int(rng.integers(1, 5))
+        near = 1 - abs(np.log10(rate) + 3) / 3
+        some.append(make_trial(TrialState.PRUNED, [0.9 * near], rate=rate, blocks=blocks))
+    bars = trial_figures.importance(some).data[0]
+    shares = dict(zip(bars.y, bars.x, strict=True))
+    assert max(shares, key=lambda name: shares[name]) == "rate"
+    assert shares["rate"] > 60
+    assert sum(shares.values()) == pytest.approx(100)
+    assert list(trial_figures.importance(some).data[0].x) == list(bars.x)
+
+
+def test_importance_stands_a_parameter_that_one_trial_has() -> None:
+    some = [make_trial(TrialState.COMPLETE, [i / 20], blocks=1 if i == 3 else None) for i in range(12)]
+    assert set(trial_figures.importance(some).data[0].y) == {"architecture", "blocks"}
+
+
+def test_a_parameter_that_never_varied_has_no_importance(tmp_path: Path) -> None:
+    assert trial_figures.varied([make_trial(TrialState.COMPLETE, [0.1])] * 10) == []
+    text, _ = told(make_run(tmp_path, [make_trial(TrialState.COMPLETE, [0.1])] * 10))
+    assert "No parameter was varied" in text["Importance of the parameters"]
+
+
+def test_a_redone_epoch_counts_once_as_it_was_done_last() -> None:
+    trial = make_trial(TrialState.COMPLETE, [0.1, 0.2])
+    rows = trial.user_attrs["epochs"]
+    trial.user_attrs["epochs"] = [*rows, rows[1] | {"map": 0.3}]
+    assert [row["map"] for row in trial_figures.epochs(trial)] == [0.1, 0.3]
+
+
+def test_a_trial_that_was_cut_off_or_moved_has_several_stretches() -> None:
+    trial = make_trial(TrialState.COMPLETE, [0.1] * 6)
+    rows = trial.user_attrs["epochs"]
+    for row in rows[2:]:
+        row["ended"] = (datetime.fromisoformat(row["ended"]) + timedelta(hours=1)).isoformat()
+    for row in rows[4:]:
+        row["host"] = "node-b"
+    known = [
+        (s.host, (s.start - START).total_seconds(), (s.end - START).total_seconds())
+        for s in trial_figures.stretches([trial])
+    ]
+    assert known == [("node-a", 0, 60), ("node-a", 3660, 3720), ("node-b", 3720, 3780)]
+
+
+def test_no_two_bars_of_the_timeline_lie_on_each_other() -> None:
+    rng = np.random.default_rng(0)
+    some = [
+        make_trial(TrialState.COMPLETE, [0.1] * int(rng.integers(1, 9)), host=f"node-{i % 2}",
+                   start=START + timedelta(seconds=int(rng.integers(0, 600))))
+        for i in range(30)
+    ]  # fmt: skip
+    lanes: dict[str, list[tuple[datetime, datetime]]] = {}
+    for bar in trial_figures.timeline(trial_figures.stretches(some)).data:
+        for lane, start, milliseconds in zip(bar.y, bar.base, bar.x, strict=True):
+            lanes.setdefault(lane, []).append((start, start + timedelta(milliseconds=milliseconds)))
+    assert sum(map(len, lanes.values())) == 30
+    for times in lanes.values():
+        ordered = sorted(times)
+        assert all(a[1] <= b[0] for a, b in pairwise(ordered))
+
+
+def test_a_classs_score_agrees_with_an_obvious_loop() -> None:
+    values, precision = [0.0, 0.0, 0.1, 10.0, 10.1, 100.0], [1.0, 0.0, 0.5, 0.7, 0.2, 0.9]
+    bars = tile_figures.score_by(values, precision, sections.COVERAGES, "salt (%)").data[0]
+    known = {name: (mean, int(n)) for name, mean, n in zip(bars.x, bars.y, bars.text, strict=True) if int(n)}
+    assert known == {
+        "none": (0.5, 2), "0–10": (pytest.approx(0.6), 2), "10–20": (0.2, 1), "90–100": (0.9, 1),
+    }  # fmt: skip
+
+
+def _numbered(trial: FrozenTrial, number: int) -> FrozenTrial:
+    trial.number = number
+    return trial
