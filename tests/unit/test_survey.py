@@ -100,6 +100,19 @@ def test_tiles_are_read_with_the_split_of_a_search(pristine: Path) -> None:
     assert found.problems == {}
 
 
+def test_a_zip_and_a_uri_are_read_alike(pristine: Path, data: Path) -> None:
+    expected = survey.read(str(pristine), seed=0)
+    for part in ("train", "test"):
+        shutil.make_archive(str(data / part), "zip", data / part)
+        shutil.rmtree(data / part)
+    for uri in (str(data), data.as_uri()):
+        found = survey.read(uri, seed=0)
+        pd.testing.assert_frame_equal(found.labelled, expected.labelled)
+        assert np.array_equal(found.images, expected.images)
+        assert np.array_equal(found.test_images, expected.test_images)
+        assert np.array_equal(found.masks, expected.masks)
+
+
 def test_a_damaged_tile_is_left_out_and_moves_no_other(data: Path) -> None:
     before = survey.read(str(data), seed=0)
     bad = before.labelled["id"][7]
