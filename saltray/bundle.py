@@ -11,6 +11,7 @@ It is made in `best.new/` and takes the place of an earlier session's in whole.
 import json
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,12 @@ import torch
 from ray.train import Checkpoint
 
 from saltray import checkpoint, run
-from saltray.config import TILE, UserError
-from saltray.metrics import logit
+from saltray.config import TILE, TrialConfig, UserError
+from saltray.inference import stored_postprocessing
+from saltray.metrics import Postprocessing, logit
 from saltray.model import count_parameters
 
 ONNX, CARD = "model.onnx", "README.md"
-INPUT, OUTPUT = "image", "logits"
-"""The ONNX model's input and output."""
 
 
 class ExportError(UserError):
@@ -84,7 +84,8 @@ def export_onnx(bundle: Path) -> None:
     """Write the bundle's model as `model.onnx`, in float32.
 
     Its input `image` is float32 (n, 1, 101, 101) in [0, 1] with any n, its output `logits` float32
-    (n, 101, 101). The threshold, where the metrics have one, is in the file's metadata. See
+    (n, 101, 101). A network that takes the depth z has the further input `depth`, float32 (n,). What was
+    chosen to make masks of the logits is in the file's metadata. See
     https://docs.pytorch.org/docs/stable/onnx_export.html.
 
     Raises:
@@ -92,24 +93,26 @@ def export_onnx(bundle: Path) -> None:
     """
     model = checkpoint.load_model(bundle).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     # Two tiles: the exporter takes a batch of one for a fixed size.
-    example = torch.zeros(2, 1, TILE, TILE)
+    example = {"image": torch.zeros(2, 1, TILE, TILE)}
+    if checkpoint.load_config(bundle).model.depth:
+        example["depth"] = torch.zeros(2)
     try:
         with warnings.catch_warnings():
             # The exporter's own use of PyTorch, not ours.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)", FutureWarning)
+            warnings.filterwarnings("ignore", "# The axis name: tiles will not be used", UserWarning)
             program = torch.onnx.export(
                 model,
-                (example,),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim("tiles")},),
+                tuple(example.values()),
+                input_names=list(example),
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("tiles")},) * len(example),
                 dynamo=True,
                 verbose=False,
             )
         assert program is not None
-        threshold = checkpoint.load_metrics(bundle).get("threshold")
-        if threshold is not None:
-            program.model.metadata_props["saltray.threshold"] = f"{threshold:.2f}"
+        chosen = asdict(stored_postprocessing(bundle))
+        program.model.metadata_props.update({f"saltray.{name}": str(v) for name, v in chosen.items()})
         program.save(bundle / ONNX)
     except Exception as error:  # it runs through three packages, which raise many kinds
         (bundle / ONNX).unlink(missing_ok=True)
@@ -121,38 +124,78 @@ def write_card(bundle: Path) -> None:
     """Write the model card, a README.md as the Hugging Face Hub reads it.
 
     Args:
-        bundle: `best.new/` in a run's folder, with `threshold`, `scores`, `trial` and `tiles`
-            (`describe_tiles`) among its metrics.
+        bundle: `best.new/` in a run's folder, with the postprocessing, its `validation_map`, `trial` and
+            `tiles` (`describe_tiles`) among its metrics.
     """
     config, metrics = checkpoint.load_config(bundle), checkpoint.load_metrics(bundle)
     known = run.read(bundle.parent)
-    threshold, settings, session = metrics["threshold"], known["settings"], known["sessions"][-1]
-    facts = {
-        "name": bundle.parent.name,
-        "architecture": config.model.architecture,
-        "parameters": f"{count_parameters(checkpoint.load_model(bundle)):,}",
-        "data": Path(settings["data"].rstrip("/")).name,
-        "fingerprint": known["tiles"],
-        "training": f"{metrics['tiles']['training']:,}",
-        "validation": f"{metrics['tiles']['validation']:,}",
-        "seed": settings["seed"],
-        "threshold": f"{threshold:.2f}",
-        "logit": f"{logit(threshold):.6f}",
-        "plain_score": f"{metrics['scores']['0.50']:.4f}",
-        "score": f"{metrics['scores'][f'{threshold:.2f}']:.4f}",
-        "empty_score": f"{metrics['tiles']['empty_score']:.4f}",
-        "trial": metrics["trial"],
-        "epoch": metrics["best_epoch"],
-        "config": json.dumps(config.to_dict(), indent=2),
-        "command": session["command"],
-        "machine": session["machine"],
-        "versions": ", ".join([f"Python {session['python']}", *map(" ".join, session["versions"].items())]),
-        "commit": session["commit"] or "unknown",
-    }
-    text = _CARD.format_map(facts)
+    settings, session = known["settings"], known["sessions"][-1]
+    chosen = stored_postprocessing(bundle)
+    text = _CARD.format(
+        name=bundle.parent.name,
+        architecture=config.model.architecture,
+        parameters=count_parameters(checkpoint.load_model(bundle)),
+        data=Path(settings["data"].rstrip("/")).name,
+        fingerprint=known["tiles"],
+        seed=settings["seed"],
+        threshold=chosen.threshold,
+        also="".join(f", {words}" for words in _also(chosen)),
+        trial=metrics["trial"],
+        epoch=metrics["best_epoch"],
+        plain_score=metrics["best_map"],
+        score=metrics["validation_map"],
+        **metrics["tiles"],
+        config=json.dumps(config.to_dict(), indent=2),
+        command=session["command"],
+        machine=session["machine"],
+        versions=", ".join([f"Python {session['python']}", *map(" ".join, session["versions"].items())]),
+        commit=session["commit"] or "unknown",
+    )
     if (bundle / ONNX).is_file():
-        text += _ONNX_USE.format_map(facts)
+        text += _ONNX_USE.format(
+            threshold=chosen.threshold,
+            logit=logit(chosen.threshold),
+            depth=", and their depth z as float32 (n,)" if config.model.depth else "",
+            program=_program(config, chosen),
+        )
     (bundle / CARD).write_text(text)
+
+
+def _also(chosen: Postprocessing) -> list[str]:
+    """Write in words what else is done to a prediction."""
+    return ["mean with the mirrored tile's prediction"] * chosen.tta + [
+        f"masks below {chosen.min_area} pixels emptied"
+    ] * bool(chosen.min_area)
+
+
+def _program(config: TrialConfig, chosen: Postprocessing) -> str:
+    """Write the Python lines that segment one tile with ONNX Runtime."""
+    depth = ', "depth": np.array([z], np.float32)' if config.model.depth else ""
+    lines = [
+        "import numpy as np",
+        "import onnxruntime",
+        "from PIL import Image",
+        "",
+        *["z = 500  # the tile's depth, from depths.csv"] * config.model.depth,
+        'tile = np.asarray(Image.open("tile.png").convert("L"), np.float32) / 255',
+        'session = onnxruntime.InferenceSession("model.onnx")',
+        "",
+        "",
+        "def probability(tile):",
+        f'    inputs = {{"image": tile[None, None]{depth}}}',
+        '    (logits,) = session.run(["logits"], inputs)',
+        "    return 1 / (1 + np.exp(-logits[0]))",
+        "",
+        "",
+    ]
+    if chosen.tta:
+        lines += ["mirrored = probability(tile[:, ::-1])[:, ::-1]"]
+        lines += [f"salt = (probability(tile) + mirrored) / 2 > {chosen.threshold:.2f}"]
+    else:
+        lines += [f"salt = probability(tile) > {chosen.threshold:.2f}"]
+    if chosen.min_area:
+        lines += [f"salt &= salt.sum() >= {chosen.min_area}"]
+    return "\n".join(lines)
 
 
 _CARD = """---
@@ -171,12 +214,12 @@ model-index:
     metrics:
     - type: mean-precision-over-iou-thresholds
       name: mean precision over IoU 0.50 to 0.95, at probability 0.50
-      value: {plain_score}
+      value: {plain_score:.4f}
 ---
 
 # {name}: salt in seismic tiles
 
-A network (`{architecture}`, {parameters} parameters) that marks salt in 101x101 tiles of seismic images.
+A network (`{architecture}`, {parameters:,} parameters) that marks salt in 101x101 tiles of seismic images.
 Found by a search with saltray: the weights of epoch {epoch} of trial {trial}, the best of the search on the
 validation tiles.
 
@@ -186,23 +229,23 @@ The metric is that of Kaggle's TGS Salt Identification Challenge: per tile the s
 0.50, 0.55 .. 0.95 that the prediction passes, 1 where truth and prediction are both empty, 0 where only one
 is; then the mean over the tiles.
 
-| on the {validation} validation tiles | score |
+| on the {validation:,} validation tiles | score |
 |---|---|
-| at probability 0.50 | {plain_score} |
-| at probability {threshold}, the threshold of this model | {score} |
-| all tiles predicted empty, for comparison | {empty_score} |
+| at probability 0.50 | {plain_score:.4f} |
+| as this model is used: at probability {threshold:.2f}{also} | {score:.4f} |
+| all tiles predicted empty, for comparison | {empty_score:.4f} |
 
 How far to trust it:
 
-- The threshold, the epoch and the trial were chosen on these same validation tiles, so both scores are a
-  little too high for new tiles.
+- The epoch, the trial and what is done to the prediction were chosen on these same validation tiles, so
+  both scores are a little too high for new tiles.
 - The contest's own tiles were cut from shared mosaics. Neighbours of a validation tile may be among the
   training tiles, which flatters as well; other surveys were not seen at all.
 - Not to be used alone where a wrong salt boundary costs money or safety.
 
 ## Data
 
-{training} training and {validation} validation tiles of `{data}`: fold 0 of five folds stratified by salt
+{training:,} training and {validation:,} validation tiles of `{data}`: fold 0 of five folds stratified by salt
 coverage, seed {seed}. First digits of the SHA-256 of labels and split: `{fingerprint}`.
 
 ## Training
@@ -225,17 +268,10 @@ With saltray, this folder alone segments a folder of tiles in the contest's layo
 
 _ONNX_USE = """
 With [ONNX Runtime](https://onnxruntime.ai), `model.onnx` takes float32 images (n, 1, 101, 101), grey values
-divided by 255, and gives logits (n, 101, 101), which are compared with the logit of the threshold
-{threshold}:
+divided by 255{depth}, and gives logits of salt (n, 101, 101) in float32. Probability {threshold:.2f} is the
+logit {logit:.4f}. One tile:
 
 ```python
-import numpy as np
-import onnxruntime
-from PIL import Image
-
-tile = np.asarray(Image.open("tile.png").convert("L"), np.float32) / 255
-session = onnxruntime.InferenceSession("model.onnx")
-(logits,) = session.run(["logits"], {{"image": tile[None, None]}})
-salt = logits[0] > {logit}
+{program}
 ```
 """

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,38 +19,49 @@ COUNT = 8
 
 _GAP = 3  # pixels between the tiles
 
-Samples = dict[str, npt.NDArray[np.uint8]]
-"""`image` and `mask` (in {0, 1}), uint8 (tiles, height, width)."""
+
+class Samples(NamedTuple):
+    """A few tiles."""
+
+    image: npt.NDArray[np.uint8]
+    """(tiles, height, width)."""
+    mask: npt.NDArray[np.uint8]
+    """The same shape, in {0, 1}."""
+    depth: npt.NDArray[np.float32]
+    """(tiles,)."""
 
 
-def choose(batches: Iterable[Mapping[str, npt.NDArray[np.generic]]]) -> Samples:
+def choose(batches: Iterable[Mapping[str, npt.NDArray[Any]]]) -> Samples:
     """Choose tiles of mixed coverage: one without salt, the others spread from the least salt to the most.
 
     Args:
-        batches: of `image`, `mask` and `coverage`.
+        batches: of `image`, `mask`, `z` and `coverage`.
 
     Returns:
         At most `COUNT` tiles; the same ones for the same batches.
     """
     parts = list(batches)
-    columns = {name: np.concatenate([p[name] for p in parts]) for name in ("image", "mask", "coverage")}
-    coverage = columns.pop("coverage").astype(np.float64)
+    image, mask, depth, coverage = (
+        np.concatenate([part[name] for part in parts]) for name in ("image", "mask", "z", "coverage")
+    )
     order = np.argsort(coverage, kind="stable")
     salt = order[coverage[order] > 0]
     spread = np.linspace(0, len(salt) - 1, min(COUNT - 1, len(salt))).round().astype(int)
     chosen = np.concatenate([np.flatnonzero(coverage == 0)[:1], salt[spread]])
-    return {name: column[chosen].astype(np.uint8) for name, column in columns.items()}
+    return Samples(
+        image[chosen].astype(np.uint8), mask[chosen].astype(np.uint8), depth[chosen].astype(np.float32)
+    )
 
 
 def draw(folder: Path, samples: Samples, device: torch.device) -> None:
     """Write `samples.png` into a checkpoint's folder: what its model makes of the samples."""
     model = checkpoint.load_model(folder).to(device)
     with torch.inference_mode():
-        salt = torch.sigmoid(model(to_input(torch.from_numpy(samples["image"]), device)))
+        images = to_input(torch.from_numpy(samples.image), device)
+        salt = torch.sigmoid(model(images, torch.from_numpy(samples.depth).to(device)))
     prediction = salt.mul(255).round().to(torch.uint8).cpu().numpy()
-    Image.fromarray(montage(samples["image"], samples["mask"] * np.uint8(255), prediction)).save(
-        folder / PICTURE
-    )
+    picture = montage(samples.image, samples.mask * np.uint8(255), prediction)
+    Image.fromarray(picture).save(folder / PICTURE)
 
 
 def montage(*rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -127,7 +127,6 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
     rank = 0 if alone else train.get_context().get_world_rank()
     torch.set_num_threads(max(1, round(resources.cpus)))
     batch_size = config.batch_size // resources.workers
-
     device = _device(resources)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
