@@ -93,6 +93,15 @@ def load_training(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / TRAINING}: damaged: {error}") from None
 
 
+def check(folder: Path) -> None:
+    """Raise a CheckpointError unless a whole checkpoint can be read: its writer may have been killed."""
+    load_config(folder)
+    load_metrics(folder)
+    load_weights(folder)
+    if (folder / TRAINING).exists():
+        load_training(folder)
+
+
 def load_model(folder: Path) -> EncoderDecoder:
     """Rebuild the model with its best weights, in evaluation mode, on the CPU; raises CheckpointError."""
     model, weights = build_model(load_config(folder).model), load_weights(folder)

@@ -1,5 +1,6 @@
 """What the command lines share."""
 
+import errno
 import os
 import re
 import socket
@@ -7,10 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import typer
 
-from saltray.config import UserError
+from saltray.config import DISK_FULL, UserError
 
 
 def run_program(main: Callable[..., Any]) -> None:
@@ -21,6 +23,21 @@ def run_program(main: Callable[..., Any]) -> None:
         app()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except Exception as error:
+        full = _disk_full(error)
+        if full is None:
+            raise
+        sys.exit(f"error: {full}. {DISK_FULL}")
+
+
+def _disk_full(error: BaseException | None) -> BaseException | None:
+    """Return the error, or what it came from, that says that a disk is full; SQLite has words of its own."""
+    words = (os.strerror(errno.ENOSPC), "database or disk is full")
+    while error is not None:
+        if any(word in str(error) for word in words):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def prepare_to_join(address: str | None) -> None:
@@ -35,6 +52,9 @@ def prepare_to_join(address: str | None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         return
+    # Without these a task on a machine that was cut off is missed for minutes, although the cluster knows.
+    os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "11000")
+    os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "2000")
     if (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     host, _, port = address.rpartition(":")
@@ -55,7 +75,17 @@ def bundled_space(name: str) -> Path:
 
 
 def located(data: str) -> str:
-    """Return a URI as it is, and a path as an absolute one."""
+    """Return a URI as it is, and a path as an absolute one.
+
+    Raises:
+        UserError: the URI holds a password or key, which the run's files would keep.
+    """
+    if "://" in data and urlsplit(data).password:
+        scheme, bucket = urlsplit(data).scheme, urlsplit(data).hostname
+        raise UserError(
+            f"{scheme}://...@{bucket}: keys do not belong in a URI; give the machine a role, "
+            "or set the environment's AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     return data if "://" in data else str(Path(data).expanduser().resolve())
 
 

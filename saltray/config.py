@@ -12,6 +12,10 @@ TILE = 101
 """Height and width of a tile, in pixels."""
 
 
+DISK_FULL = "Make room, then go on with the run: --resume"
+"""What to do when a run's disk is full."""
+
+
 class UserError(ValueError):
     """Something that the user can mend; the message names the file or value, and what to do."""
 

@@ -36,6 +36,7 @@ import ray.data
 from pydantic import Field
 from ray.exceptions import RaySystemError
 
+from saltray import storage
 from saltray.config import SearchConfig, UserError
 from saltray.study import STUDY_NAME
 
@@ -92,6 +93,14 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise RunError(f"{folder}: another session of this run is under way") from None
         yield
+
+
+def fetch(home: storage.Home) -> None:
+    """Fetch a mirrored run's files to its working folder, unless a session on this machine works there."""
+    if home.uri:
+        home.folder.mkdir(parents=True, exist_ok=True)
+        with locked(home.folder):
+            storage.fetch(home)
 
 
 def write_settings(folder: Path, settings: Settings, tiles: str) -> None:

@@ -4,6 +4,8 @@ The study in the run's folder is the one truth. Every result goes there as it co
 waits there with its parameters and its checkpoint, and a resumed search reads what is left to do from it.
 """
 
+import errno
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,10 +19,11 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from saltray.checkpoint import TRAINING
-from saltray.config import SearchConfig, UserError
+from saltray.config import DISK_FULL, SearchConfig, UserError
 from saltray.engine import METRIC, make_sampler, make_scheduler
 from saltray.plan import Plan
 from saltray.space import Space
+from saltray.storage import located, names
 from saltray.study import (
     checkpoint_of,
     count,
@@ -103,6 +106,7 @@ class StudySearch(Searcher):
         parallel: bool,
         resources: WorkerResources,
         limits: Limits | None = None,
+        trials_at: str = "",
     ) -> None:
         """Keep what the search is made of.
 
@@ -113,10 +117,12 @@ class StudySearch(Searcher):
             parallel: whether trials run side by side.
             resources: of a trial's workers.
             limits: may end the search.
+            trials_at: path or URI below which the trials' checkpoints lie.
         """
         super().__init__(metric=METRIC, mode="max")
         self._space, self.study, self._config = space, study, config
         self._parallel, self._resources, self._limits = parallel, resources, limits
+        self._trials_at = trials_at
         self._trials: dict[str, optuna.Trial] = {}
         self._epochs: dict[str, list[dict[str, Any]]] = {}
         self._completed: set[str] = set()
@@ -189,7 +195,7 @@ class StudySearch(Searcher):
     def record_checkpoint(self, trial_id: str, path: str) -> None:
         """Record where a trial's newest checkpoint lies."""
         if trial_id not in self._completed:
-            self._trials[trial_id].set_user_attr("checkpoint", path)
+            self._trials[trial_id].set_user_attr("checkpoint", located(self._trials_at, path))
 
     def record_failure(self, trial_id: str, reason: str) -> None:
         """Record that a trial failed, and why."""
@@ -248,8 +254,14 @@ class Recorder(tune.Callback):
         self._search.record_checkpoint(trial.trial_id, checkpoint.path)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Record an error that outlasted the retries: its traceback's last line."""
+        """Record an error that outlasted the retries: its traceback's last line.
+
+        Raises:
+            SearchError: the disk is full; the trial waits for the next session, and no other has to fail.
+        """
         lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
+        if any(os.strerror(errno.ENOSPC) in line for line in lines):
+            raise SearchError(f"{lines[-1]}. {DISK_FULL}")
         self._search.record_failure(trial.trial_id, lines[-1] if lines else "its process died")
         self._trim(trial)
 
@@ -280,7 +292,7 @@ def run_search(
     space: Space,
     tiles: Tiles,
     chosen: Plan,
-    folder: Path,
+    trials_at: str,
     study: optuna.Study,
     config: SearchConfig,
     callbacks: Sequence[tune.Callback] = (),
@@ -291,7 +303,7 @@ def run_search(
         space: what to search.
         tiles: the decoded tiles, shared for the plan's workers.
         chosen: from `plan`.
-        folder: the run's folder; gets `trials/`.
+        trials_at: path or URI that gets the trials' files.
         study: is asked and told; `config.trials` counts all its own ended trials.
         config: the engine and the budgets.
         callbacks: further Tune callbacks.
@@ -310,14 +322,14 @@ def run_search(
         return limits.reached
     resources = chosen.resources
     searcher = StudySearch(
-        space, study, config, parallel=chosen.concurrency > 1, resources=resources, limits=limits
-    )
-    storage_path = folder / "trials"
-    session = f"session-{len(list(storage_path.glob('session-*'))) + 1:02d}"
+        space, study, config, parallel=chosen.concurrency > 1, resources=resources, limits=limits,
+        trials_at=trials_at,
+    )  # fmt: skip
+    session = f"session-{sum(name.startswith('session-') for name in names(trials_at)) + 1:02d}"
     # The trial of several workers only drives them; each worker asks for its own.
     asked = resources.training() if resources.workers == 1 else {"CPU": 0.01}
     trainable = tune.with_parameters(
-        run_trial, tiles=tiles, resources=resources, storage=str(storage_path / session)
+        run_trial, tiles=tiles, resources=resources, storage=f"{trials_at}/{session}"
     )
     tuner = tune.Tuner(
         tune.with_resources(trainable, asked),
@@ -332,7 +344,7 @@ def run_search(
         ),
         run_config=tune.RunConfig(
             name=session,
-            storage_path=str(storage_path),
+            storage_path=trials_at,
             stop=limits,
             verbose=0,
             log_to_file=True,

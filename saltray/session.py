@@ -14,7 +14,19 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.markup import escape
 
-from saltray import bundle, dataset, demo, inference, report, run, search, submission, tracking, validation
+from saltray import (
+    bundle,
+    dataset,
+    demo,
+    inference,
+    report,
+    run,
+    search,
+    storage,
+    submission,
+    tracking,
+    validation,
+)
 from saltray import space as spaces
 from saltray.plan import Plan, plan
 from saltray.space import Space
@@ -53,7 +65,7 @@ class Data(NamedTuple):
 
 
 def start(
-    folder: Path,
+    home: storage.Home,
     settings: run.Settings,
     *,
     address: str | None,
@@ -63,15 +75,17 @@ def start(
     """Start a new run; nothing is written before all is checked.
 
     Args:
-        folder: the run's, which must not hold anything yet.
+        home: the run's folder, which must not hold anything yet.
         settings: of the run.
         address: a Ray cluster to join; None for this machine.
         url: of the study's database server, password and all.
         warm_start: another run's folder, from whose results the study starts.
     """
+    folder = home.folder
     space = spaces.load(Path(settings.space))
     _check(space, settings)
     run.refuse_taken(folder)
+    storage.refuse_taken(home)
     place = Place(folder, url, settings.study_name)
     refuse_taken_name(place)
     other = _load_other(warm_start) if warm_start is not None else None
@@ -79,25 +93,29 @@ def start(
     dashboard = _connect(console, address)
     try:
         chosen = plan_for(settings)
+        _probe(console, home)
         if settings.data == str(demo_data(folder)):
             console.print("No --data: making synthetic seismic tiles.")
             demo.write(demo_data(folder).parent, train=DEMO_TILES, test=200, seed=settings.seed)
         data, left_out = _read(console, settings)
         run.create(folder, space.path)
-        with run.locked(folder):
+        with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
             with run.quiet(folder / "logs" / "search.log"):
                 study = create_study(place, settings.objective, space.path.read_text())
             _tell_start(console, data, left_out, settings, chosen, dashboard)
             if other is not None and warm_start is not None:
                 _adopt(console, study, other, space, settings, data, warm_start)
-            _search_and_predict(console, folder, settings, space, chosen, data, study)
+            _search_and_predict(console, mirror, settings, space, chosen, data, study)
     finally:
         run.disconnect()
 
 
-def resume(folder: Path, settings: run.Settings, *, address: str | None, url: str | None = None) -> None:
+def resume(
+    home: storage.Home, settings: run.Settings, *, address: str | None, url: str | None = None
+) -> None:
     """Go on with a run; see `start`."""
+    folder = home.folder
     space = spaces.load(folder / "space.py")
     place = Place(folder, url or settings.study, settings.study_name)
     study: optuna.Study | None = None
@@ -115,13 +133,14 @@ def resume(folder: Path, settings: run.Settings, *, address: str | None, url: st
     dashboard = _connect(console, address)
     try:
         chosen = plan_for(settings)
+        _probe(console, home)
         data, left_out = _read(console, settings)
-        with run.locked(folder):
+        with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
             with run.quiet(folder / "logs" / "search.log"):
                 study = study or create_study(place, settings.objective, space.path.read_text())
             _tell_start(console, data, left_out, settings, chosen, dashboard)
-            _search_and_predict(console, folder, settings, space, chosen, data, study)
+            _search_and_predict(console, mirror, settings, space, chosen, data, study)
     finally:
         run.disconnect()
 
@@ -139,6 +158,11 @@ def _connect(console: Console, address: str | None) -> str:
     with console.status("starting Ray"), run.quiet(None):
         tracking.mlflow_client()  # where it is asked for and cannot be reached, this is told now
         return run.connect(address)
+
+
+def _probe(console: Console, home: storage.Home) -> None:
+    with console.status("trying the run's folder from every machine"), run.quiet(None):
+        storage.probe(home)
 
 
 def _check(space: Space, settings: run.Settings) -> None:
@@ -220,13 +244,14 @@ def _adopt(
 
 def _search_and_predict(
     console: Console,
-    folder: Path,
+    mirror: storage.Mirror,
     settings: run.Settings,
     space: Space,
     chosen: Plan,
     data: Data,
     study: optuna.Study,
 ) -> None:
+    folder = mirror.home.folder
     view = LiveView(
         console, study, trials=settings.trials, epochs=settings.epochs, time_budget=settings.time_budget
     )
@@ -235,14 +260,15 @@ def _search_and_predict(
         stack.enter_context(run.quiet(folder / "logs" / "search.log"))
         trackers = [stack.enter_context(tracker) for tracker in tracking.trackers(folder, study)]
         tiles = Tiles.share(data.training, data.validation, chosen.resources.workers)
-        reached = search.run_search(space, tiles, chosen, folder, study, settings, [view, *trackers])
+        callbacks = [view, *trackers, storage.Mirroring(mirror)]
+        reached = search.run_search(space, tiles, chosen, mirror.home.trials, study, settings, callbacks)
     with console.status("predicting"), run.quiet(folder / "logs" / "predict.log"):
         best = best_trial(study)
         facts = _predict(folder, best, data)
         tracking.log_best(study, folder / "best", {k: facts[k] for k in ("threshold", "validation_map")})
     with console.status("writing the report"), run.quiet(folder / "logs" / "report.log"):
         facts["report"] = _report(folder, study)
-    _tell_end(console, folder, settings, study, best, facts, reached)
+    _tell_end(console, mirror.home, settings, study, best, facts, reached)
 
 
 def _predict(folder: Path, best: FrozenTrial, data: Data) -> dict[str, Any]:
@@ -306,13 +332,14 @@ def describe(chosen: Plan) -> str:
 
 def _tell_end(
     console: Console,
-    folder: Path,
+    home: storage.Home,
     settings: run.Settings,
     study: optuna.Study,
     best: FrozenTrial,
     facts: dict[str, Any],
     reached: str,
 ) -> None:
+    folder = home.folder
     how = f"at {facts['threshold']:.2f}" + ", with the mirrored tile" * facts["tta"]
     if facts["min_area"]:
         how += f", masks below {facts['min_area']} pixels emptied"
@@ -336,14 +363,14 @@ def _tell_end(
         hidden = submission.score(folder / "submission.csv", truth)
         empty = submission.empty_score(truth)
         lines["hidden test mAP"] = f"[bold]{hidden:.4f}[/]; an all-empty submission {empty:.4f}"
-    lines["submission"] = escape(str(folder / "submission.csv"))
-    lines["model"] = escape(str(folder / "best"))
+    lines["submission"] = escape(f"{home}/submission.csv")
+    lines["model"] = escape(f"{home}/best")
     if "onnx_problem" in facts:
         lines["without ONNX"] = f"[yellow]{escape(facts['onnx_problem'])}[/]"
     lines["report"] = escape(facts["report"])
-    lines["logs"] = escape(str(folder / "logs"))
+    lines["logs"] = escape(f"{home}/logs")
     if counts.waiting:
-        lines["go on"] = f"python -m saltray.tune --resume {shlex.quote(str(folder))}"
+        lines["go on"] = f"python -m saltray.tune --resume {shlex.quote(str(home))}"
     lines["repeat"] = f"python -m saltray.tune {escape(run.options(settings, folder / 'space.py'))}"
     for name, value in lines.items():
         # Soft-wrapped: paths and commands stay whole, to be copied.

@@ -79,7 +79,8 @@ class TensorBoard(TBXLoggerCallback):
             self._writers[number].add_scalar(name, result[name], epoch)
         self._writers[number].flush()
         if "checkpoint_path" in result:  # of several workers; of one, `on_checkpoint` is told
-            self._show(number, tune.Checkpoint(result["checkpoint_path"]), epoch)
+            place = self._study.trials[number].user_attrs["checkpoint"]  # a URI where the run has one
+            self._show(number, tune.Checkpoint(place), epoch)
 
     def on_checkpoint(
         self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any

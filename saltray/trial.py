@@ -6,6 +6,7 @@ trial then costs about a second beside its training. Several workers run under `
 
 import math
 import platform
+import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ray import train, tune
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from saltray import samples, stream, training
+from saltray import checkpoint, samples, stream, training
 from saltray.augment import Batch
 from saltray.config import TrialConfig
 
@@ -104,6 +105,18 @@ def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources,
     ).fit()
 
 
+def _intact(folder: str | None) -> Path | None:
+    """Return a checkpoint that can be gone on from; without one, the trial starts at its first epoch."""
+    if folder is None:
+        return None
+    try:
+        checkpoint.check(Path(folder))
+    except checkpoint.CheckpointError as error:
+        print(f"starting again from the first epoch: {error}", file=sys.stderr)
+        return None
+    return Path(folder)
+
+
 def _device(resources: WorkerResources) -> torch.device:
     """Return this worker's device; without a GPU of its own it sees all of them, and must not take one."""
     if not resources.gpus or not torch.cuda.is_available():
@@ -161,7 +174,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
                 report,
                 steps=math.ceil(tiles.training[rank].count() / batch_size),
                 device=device,
-                resume=Path(folder) if folder else None,
+                resume=_intact(folder),
             )
         except training.Diverged as error:
             # A result, not a crash: to start it again would end the same way.

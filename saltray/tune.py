@@ -33,11 +33,14 @@ def main(
         typer.Option(help="Python file of the search space; it is run.", rich_help_panel=RUN),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="The new run's folder. Default: runs/SPACE-TIME.", rich_help_panel=RUN),
+        str | None,
+        typer.Option(
+            help="The new run's folder, a path or URI such as s3://. Default: runs/SPACE-TIME.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     resume: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Go on with this run; the engine, budgets and resources may change.", rich_help_panel=RUN
         ),
@@ -118,7 +121,7 @@ def main(
     Without any argument: a demonstration on synthetic tiles, in less than five minutes on two CPU cores.
     """
     prepare_to_join(address)
-    from saltray import session
+    from saltray import run, session, storage
     from saltray.study import without_password
 
     free = {
@@ -137,14 +140,19 @@ def main(
     if resume is not None:
         kept = {"data": data, "out": out, "warm_start": warm_start, "dry_run": dry_run or None}
         _refuse_given(kept | fixed)
-        settings = _resumed(resume.resolve(), space, server, free | {"time_budget": budget})
-        session.resume(resume.resolve(), settings, address=address, url=study)
+        home = storage.home(located(resume))
+        run.fetch(home)
+        settings = _resumed(home.folder, space, server, free | {"time_budget": budget})
+        session.resume(home, settings, address=address, url=study)
         return
     if data is None:
         free = {**free, "trials": DEMO["trials"] if trials is None else trials}
         fixed = {**fixed, "epochs": DEMO["epochs"] if epochs is None else epochs}
     space = space or bundled_space("unet" if data else "demo")
-    folder = (out or Path("runs") / f"{space.stem}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
+    home = storage.home(located(out) if out else f"runs/{space.stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    if home.uri and data is None:
+        raise UserError(f"--out {out}: synthetic tiles are made in a local folder; name --data as well")
+    folder = home.folder
     place = {"study": server, "study_name": folder.name if server else None, "time_budget": budget}
     where = {"data": located(data) if data else str(session.demo_data(folder)), "space": str(space.resolve())}
     settings = _settings({**where, **place, **free, **fixed})
@@ -153,7 +161,7 @@ def main(
 
         preview.show(settings, address=address)
         return
-    session.start(folder, settings, address=address, url=study, warm_start=warm_start)
+    session.start(home, settings, address=address, url=study, warm_start=warm_start)
 
 
 def _settings(values: dict[str, Any]) -> run.Settings:

@@ -53,7 +53,7 @@ def run_search(folder: Path, tiles: Tiles, chosen: Plan = ONE, **options: Any) -
     config = SearchConfig(**{"trials": 3, "epochs": 2} | options)
     there = (folder / "study.db").exists()
     study = load_study(folder) if there else create_study(Place(folder))
-    search.run_search(SPACE, tiles, chosen, folder, study, config, callbacks)
+    search.run_search(SPACE, tiles, chosen, str(folder / "trials"), study, config, callbacks)
     return study
 
 

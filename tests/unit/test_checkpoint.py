@@ -172,3 +172,16 @@ def test_code_in_the_training_state_is_not_run(folder: Path, archive: bool) -> N
     with pytest.raises(checkpoint.CheckpointError, match=r"training\.pt"):
         checkpoint.load_training(folder)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name", [checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.METRICS, checkpoint.TRAINING]
+)
+def test_a_half_written_checkpoint_is_told_as_such(tmp_path: Path, name: str) -> None:
+    model = build_model(CONFIG.model)
+    checkpoint.save(tmp_path, model.state_dict(), CONFIG, {"history": [0.5]}, {"history": [0.5]})
+    checkpoint.check(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(checkpoint.CheckpointError, match=name):
+        checkpoint.check(tmp_path)

@@ -1,3 +1,4 @@
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -96,3 +97,47 @@ def test_success_and_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().out == "42\n"
     assert run(monkeypatch, main, "many") == 2
     assert "Usage" in capsys.readouterr().err
+
+
+def test_a_key_in_a_uri_is_refused_and_not_repeated() -> None:
+    with pytest.raises(UserError, match="keys do not belong in a URI") as caught:
+        cli.located("s3://AKIAKEY:hidden@bucket/tgs")
+    assert "hidden" not in str(caught.value) and "AKIAKEY" not in str(caught.value)
+
+
+def test_joining_a_cluster_sets_what_notices_a_lost_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_grpc_client_keepalive_time_ms", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    cli.prepare_to_join(None)
+    assert "RAY_grpc_client_keepalive_time_ms" not in os.environ
+    cli.prepare_to_join("auto")
+    assert dict(os.environ)["RAY_grpc_client_keepalive_time_ms"] == "11000"
+    for name in (
+        "RAY_grpc_client_keepalive_time_ms",
+        "RAY_grpc_client_keepalive_timeout_ms",
+        "RAY_AUTH_MODE",
+    ):
+        os.environ.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "runs/x/study.db"),
+        RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+    ],
+)
+def test_a_full_disk_is_told_in_one_message(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        try:
+            raise error
+        except Exception:
+            raise RuntimeError("the search has failed") from error
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(SystemExit, match=r"(left on device|disk is full).*Make room, then go on"),
+    ):
+        patch.setattr(sys, "argv", ["tune"])
+        cli.run_program(main)

@@ -22,6 +22,7 @@ LAYERS = [
     ["samples"],
     ["trial"],
     ["space"],
+    ["storage"],
     ["study"],
     ["engine"],
     ["plan"],

@@ -1,0 +1,317 @@
+"""Where a run's folder lies: on this machine, on a file system that all machines share, or behind a URI.
+
+Behind a URI (`s3://`, `gs://` ...: what pyarrow writes) Ray puts the trials' files there by itself. The run's
+small files are worked on in a local folder, because SQLite needs one, and are mirrored: at the end of every
+trial, and every few seconds between. The mirror is the truth: a resumed session fetches it, on any machine.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import sqlite3
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray
+from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from saltray.config import UserError
+
+MIRROR_SECONDS = 10.0
+"""How old the mirror of a study may become while trials run; their ends are mirrored at once."""
+
+PROBE_SECONDS = 60.0
+"""How long a machine may take to show that it sees the run's folder."""
+
+_LOG = logging.getLogger("ray.saltray.storage")
+
+
+class StorageError(UserError):
+    """The run's folder cannot be used from every machine; the message names machine and path."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """A run's folder: where its small files are worked on, and its URI if they are mirrored."""
+
+    folder: Path
+    uri: str | None = None
+
+    def __str__(self) -> str:
+        """Return the place as a user names it."""
+        return self.uri or str(self.folder)
+
+    @property
+    def trials(self) -> str:
+        """Return the path or URI below which Ray Tune keeps the trials' files."""
+        return f"{self}/trials"
+
+
+def home(where: str) -> Home:
+    """Return the home of a run at a path or URI.
+
+    A URI's working folder is named after it, in `~/.cache/saltray/`.
+    """
+    if "://" not in where:
+        return Home(Path(where).expanduser().resolve())
+    words = re.sub(r"[^\w.-]+", "-", where.rstrip("/"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Home(cache / "saltray" / words, where.rstrip("/"))
+
+
+def open_uri(where: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """Open a path or URI; return the file system and the path there.
+
+    Raises:
+        StorageError: there is no such file system, or it lets nobody in.
+    """
+    if "://" not in where:
+        return pyarrow.fs.LocalFileSystem(), where
+    try:
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(where)
+    except (ValueError, OSError) as error:
+        raise StorageError(f"{where}: cannot be reached: {error}") from None
+    return filesystem, path
+
+
+def names(where: str) -> list[str]:
+    """List what lies at a path or URI, by name; none where there is no folder. Raises StorageError."""
+    filesystem, path = open_uri(where)
+    try:
+        infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    except OSError as error:
+        raise StorageError(f"{where}: cannot be read: {error}") from None
+    return [info.base_name for info in infos]
+
+
+def located(root: str, path: str) -> str:
+    """Return a path that Ray gives for something below `root` as one that can be opened anywhere."""
+    scheme, separator, _ = root.partition("://")
+    return f"{scheme}://{path}" if separator and "://" not in path else path
+
+
+def refuse_taken(place: Home) -> None:
+    """Raise a StorageError where a new run's URI already holds something."""
+    if place.uri and names(place.uri):
+        raise StorageError(
+            f"{place}: already there. To go on with that run: --resume {place}; "
+            "to start a new one: another --out"
+        )
+
+
+def fetch(place: Home) -> None:
+    """Copy a mirrored run's small files to its working folder, over what an earlier session left there.
+
+    Raises:
+        StorageError: the URI cannot be read, or holds no run.
+    """
+    if place.uri is None:
+        return
+    found = names(place.uri)
+    if "run.json" not in found:
+        raise StorageError(f"{place}: no run.json in it; not the folder of a run")
+    filesystem, root = open_uri(place.uri)
+    try:
+        for path in [
+            path for name in found if name != "trials" for path in _files(filesystem, f"{root}/{name}")
+        ]:
+            target = place.folder / path[len(root) + 1 :]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with filesystem.open_input_stream(path) as file:
+                target.write_bytes(file.read())
+    except OSError as error:
+        raise StorageError(f"{place}: cannot be read: {error}") from None
+
+
+def _files(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
+    """Return the path of a file, or those of all in a folder."""
+    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
+        return [path]
+    inner = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True))
+    return [info.path for info in inner if info.type == pyarrow.fs.FileType.File]
+
+
+@dataclass
+class Mirror:
+    """Copies a working folder's files to the run's URI when they have changed; does nothing without one."""
+
+    home: Home
+    _sent: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    _last: float = 0.0
+
+    def __enter__(self) -> "Mirror":
+        """Begin."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Copy what the end has left; a failure to copy hides no other."""
+        self.push() if kind is None else self.push_now()
+
+    def push(self) -> None:
+        """Copy what has changed.
+
+        Raises:
+            StorageError: the URI cannot be written.
+        """
+        if self.home.uri is None:
+            return
+        filesystem, root = open_uri(self.home.uri)
+        self._last = time.monotonic()
+        for file in sorted(self.home.folder.rglob("*")):
+            name = file.relative_to(self.home.folder)
+            if (
+                not file.is_file()
+                or name.parts[0] in ("trials", "best.new", "best.old")
+                or re.search(r"\.lock$|\.tmp$|\.db-", file.name)
+            ):
+                continue
+            stat = file.stat()
+            state = (stat.st_mtime_ns, stat.st_size)
+            if self._sent.get(name) == state:
+                continue
+            data = _database(file) if file.suffix == ".db" else file.read_bytes()
+            try:
+                with filesystem.open_output_stream(f"{root}/{name.as_posix()}") as stream:
+                    stream.write(data)
+            except OSError as error:
+                raise StorageError(
+                    f"{self.home.uri}/{name.as_posix()}: cannot be written: {error}. "
+                    f"The run's files are in {self.home.folder} on {socket.gethostname()}"
+                ) from None
+            self._sent[name] = state
+
+    def push_soon(self) -> None:
+        """Copy what has changed if that was not done a moment ago; a failure waits for the next time."""
+        if time.monotonic() - self._last > MIRROR_SECONDS:
+            self.push_now()
+
+    def push_now(self) -> None:
+        """Copy what has changed; a failure is logged, and tried again the next time."""
+        try:
+            self.push()
+        except StorageError as error:
+            _LOG.warning("%s", error)
+
+
+def _database(file: Path) -> bytes:
+    """Return a consistent copy of a SQLite database that is in use."""
+    with (
+        tempfile.NamedTemporaryFile(suffix=".db") as copy,
+        contextlib.closing(sqlite3.connect(file, timeout=60)) as source,
+        contextlib.closing(sqlite3.connect(copy.name)) as target,
+    ):
+        source.backup(target)
+        return Path(copy.name).read_bytes()
+
+
+class Mirroring(tune.Callback):
+    """Mirrors the run while its trials go on. It is called after the study knows of an event."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        """Keep the mirror."""
+        self._mirror = mirror
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+    ) -> None:
+        """Mirror now and then."""
+        self._mirror.push_soon()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Mirror an end at once."""
+        self._mirror.push_now()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Mirror an end at once."""
+        self._mirror.push_now()
+
+
+def probe(place: Home) -> None:
+    """Make sure that every live machine reads what this one writes at the run's place, and vice versa.
+
+    A new run's folder is not made for it: its nearest parent is tried.
+
+    Raises:
+        StorageError: naming the machine and the path.
+    """
+    nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    if place.uri is None and len(nodes) < 2:
+        return
+    root = str(place) if place.uri else str(_existing(place.folder))
+    mark = f"{root}/.saltray-probe-{uuid.uuid4().hex}"
+    filesystem, path = open_uri(mark)
+    advice = "A run's folder must be shared by all machines: choose an --out on NFS, or s3://"
+    here = socket.gethostname()
+    try:
+        with _removed(filesystem, path):
+            _write(filesystem, path, here)
+            for node in nodes:
+                with _removed(filesystem, f"{path}-{node['NodeID']}"):
+                    problem = _ask(node["NodeID"], mark, here)
+                    name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+                    if problem:
+                        raise StorageError(
+                            f"{place}: {name} does not share it with {here}: {problem}. {advice}"
+                        )
+                    if _read(filesystem, f"{path}-{node['NodeID']}") != node["NodeID"]:
+                        raise StorageError(f"{place}: {here} does not see what {name} wrote there. {advice}")
+    except OSError as error:
+        raise StorageError(f"{place}: {here} cannot write there: {error}") from None
+
+
+def _ask(node: str, mark: str, expected: str) -> str:
+    """Let a machine read the mark and write its own; return what went wrong."""
+    strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    task = ray.remote(_answer).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0)
+    try:
+        return str(ray.get(task.remote(node, mark, expected), timeout=PROBE_SECONDS))
+    except ray.exceptions.RayError as error:
+        return f"{type(error).__name__}: no answer within {PROBE_SECONDS:g} s"
+
+
+def _answer(node: str, mark: str, expected: str) -> str:
+    """Read the mark, and write this machine's; return what went wrong."""
+    try:
+        filesystem, path = open_uri(mark)
+        found = _read(filesystem, path)
+        if found != expected:
+            return f"it reads {found!r} there"
+        _write(filesystem, f"{path}-{node}", node)
+    except (OSError, StorageError) as error:
+        return str(error)
+    return ""
+
+
+def _existing(folder: Path) -> Path:
+    return next(p for p in (folder, *folder.parents) if p.is_dir())
+
+
+def _read(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
+    try:
+        with filesystem.open_input_stream(path) as file:
+            return bytes(file.read()).decode()
+    except FileNotFoundError:
+        return ""
+
+
+def _write(filesystem: pyarrow.fs.FileSystem, path: str, text: str) -> None:
+    with filesystem.open_output_stream(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def _removed(filesystem: pyarrow.fs.FileSystem, path: str) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            filesystem.delete_file(path)

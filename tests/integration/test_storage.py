@@ -1,0 +1,126 @@
+"""Runs behind a URI, against a real S3 server process on loopback."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.fs
+import pytest
+
+from saltray import demo, storage, study
+from tests.integration.programs import SPACE, Program
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start moto's S3 server, with keys in the environment as anywhere; give the URI of an empty bucket."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", url)
+            patch.setenv("AWS_REGION", "us-east-1")
+            patch.setenv("AWS_ACCESS_KEY_ID", "AKIA-of-a-test")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-a-test")
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+            for _ in range(100):
+                try:
+                    urllib.request.urlopen(
+                        urllib.request.Request(f"{url}/salt", method="PUT"), timeout=5
+                    ).close()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield "s3://salt"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_run_on_s3_is_read_written_and_resumed(s3: str, tmp_path: Path) -> None:
+    data = demo.write(tmp_path, train=40, test=6, seed=0)
+    pyarrow.fs.copy_files(str(data), f"{s3}/tgs")
+    space = tmp_path / "tiny.py"
+    space.write_text(SPACE)
+    out = f"{s3}/runs/first"
+
+    tune = Program(
+        "saltray.tune",
+        "--data",
+        f"{s3}/tgs",
+        "--space",
+        space,
+        "--trials",
+        "1",
+        "--epochs",
+        "1",
+        "--out",
+        out,
+    )
+    assert f"submission      {out}/submission.csv" in tune.finish()
+    assert {"run.json", "space.py", "study.db", "best", "logs", "trials", "submission.csv"} <= set(
+        storage.names(out)
+    )
+
+    # Another machine has nothing but the URI.
+    place = storage.home(out)
+    forget(place.folder)
+    tune = Program("saltray.tune", "--resume", out, "--trials", "2")
+    assert "2 complete" in tune.finish()
+    trials = study.load_study(place.folder).trials
+    assert [
+        t.user_attrs["checkpoint"].startswith(f"{out}/trials/session-0{n + 1}/") for n, t in enumerate(trials)
+    ]
+    submission, sample = (
+        pd.read_csv(f.open_input_stream(path))
+        for f, path in map(storage.open_uri, (f"{out}/submission.csv", f"{s3}/tgs/sample_submission.csv"))
+    )
+    assert submission["id"].tolist() == sample["id"].tolist()
+    for name in ("run.json", "logs/search.log"):  # no secret goes into a run
+        filesystem, path = storage.open_uri(f"{out}/{name}")
+        assert b"secret-of-a-test" not in filesystem.open_input_stream(path).read()
+
+    tune = Program("saltray.tune", "--data", f"{s3}/tgs", "--space", space, "--out", out)
+    assert "already there" in tune.finish(code=1)
+    tune = Program("saltray.tune", "--resume", f"{s3}/runs/none")
+    assert "not the folder of a run" in tune.finish(code=1)
+
+
+def forget(folder: Path) -> None:
+    folder.rename(folder.with_name("forgotten"))
+
+
+def test_the_mirror_copies_what_changed_and_a_fetch_brings_it_back(s3: str, tmp_path: Path) -> None:
+    place = storage.Home(tmp_path / "here", f"{s3}/mirror")
+    place.folder.mkdir()
+    study.create_study(study.Place(place.folder)).ask().report(0.5, 1)
+    (place.folder / "run.json").write_text("{}")
+    (place.folder / ".lock").touch()
+    with storage.Mirror(place) as mirror:
+        mirror.push()
+        (place.folder / "logs").mkdir()
+        (place.folder / "logs" / "search.log").write_text("said")
+    elsewhere = storage.Home(tmp_path / "there", place.uri)
+    storage.fetch(elsewhere)
+    assert (elsewhere.folder / "logs" / "search.log").read_text() == "said"
+    assert study.load_study(elsewhere.folder).trials[0].intermediate_values == {1: 0.5}
+    assert not (elsewhere.folder / ".lock").exists()
+
+
+def test_a_bucket_that_lets_nobody_in_is_told_with_its_uri(s3: str, tmp_path: Path) -> None:
+    place = storage.Home(tmp_path, "s3://another-bucket/run")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(storage.StorageError, match=r"s3://another-bucket/run/run\.json: cannot be written"):
+        storage.Mirror(place).push()
