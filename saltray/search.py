@@ -201,6 +201,7 @@ class StudySearch(Searcher):
         """Record that a trial failed, and why."""
         trial = self._trials[trial_id]
         trial.set_user_attr("reason", reason)
+        trial.set_user_attr("outcome", "failed")
         self.study.tell(trial, state=TrialState.FAIL)
 
     def on_trial_complete(
@@ -223,10 +224,12 @@ class StudySearch(Searcher):
         if "diverged" in result:
             self.record_failure(trial_id, result["diverged"])
         elif result.get("finished"):
+            trial.set_user_attr("outcome", f"ran to its end, epoch {result['epoch']}")
             fastest = max((row["validation_tiles_per_second"] for row in rows), default=0.0)
             values = [result[METRIC], fastest]
             self.study.tell(trial, values[: len(self.study.directions)])
         else:
+            trial.set_user_attr("outcome", f"stopped early after epoch {result['epoch']}")
             self.study.tell(trial, state=TrialState.PRUNED)
 
     def save(self, checkpoint_path: str) -> None:

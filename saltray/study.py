@@ -2,8 +2,8 @@
 
 By default it is `study.db` (SQLite) in the run's folder; a team may keep its studies in one PostgreSQL
 server. Trials carry user attributes: `epochs` (a row for each epoch that was done, redone ones twice),
-`checkpoint`, `hardware`, `seconds`, `host`, and for failed ones `reason`. A trial taken over from another run
-carries `adopted`, and counts neither as this run's nor as its best.
+`checkpoint`, `hardware`, `seconds`, `host`, `outcome`, and for failed ones `reason`. A trial taken over from
+another run carries `adopted`, and counts neither as this run's nor as its best.
 """
 
 import sqlite3

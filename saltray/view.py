@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from saltray.study import score
+from saltray.study import own_trials, score
 
 _SHOWN = 12  # trials in the table: the running ones, then the best
 _STATES = {
@@ -92,7 +92,7 @@ class LiveView(tune.Callback):
             self._tell()
 
     def _known(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+        return own_trials(self._study)
 
     def _tell(self) -> None:
         for trial in self._known():

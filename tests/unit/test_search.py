@@ -83,6 +83,8 @@ def test_each_end_is_told_as_what_it_was(folder: Path) -> None:
     assert trials[1].intermediate_values == {1: 0.1, 3: 0.2}
     assert trials[2].user_attrs["reason"] == "the loss is nan in epoch 2"
     assert trials[3].user_attrs["reason"] == "OSError: disk full"
+    told = [t.user_attrs.get("outcome") for t in trials]
+    assert told == ["ran to its end, epoch 9", "stopped early after epoch 3", "failed", "failed", None]
     assert count(searcher.study) == Counts(1, 1, 2, 1)
 
 
