@@ -10,6 +10,7 @@ import pandas as pd
 import ray
 import ray.data
 import torch
+from ray.data.expressions import col
 
 from saltray import checkpoint, metrics, rle, validation
 from saltray.augment import Batch
@@ -139,7 +140,7 @@ def illustrate(
     group = {tile: name for name, ids in examples.items() for tile in ids}
     if not group:
         return validation.no_gallery()
-    few = tiles.filter(lambda row: row["id"] in group).materialize()
+    few = tiles.filter(expr=col("id").is_in(list(group))).materialize()
     parts = _map(Illustrator, folder, few, {"postprocessing": postprocessing})
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     place = {str(tile): i for i, tile in enumerate(columns["id"])}
