@@ -63,6 +63,8 @@ _host) # PID 1 of one host
   # What on-prem.yaml would install is there already; the rsynced checkout is what Python imports.
   ln -sfn "$VENV" "$disk/tmp/home/saltray-venv"
   echo 'export PATH=$HOME/saltray-venv/bin:$PATH PYTHONPATH=$HOME/saltray RAY_USAGE_STATS_ENABLED=0' >"$disk/tmp/home/.bashrc"
+  # Ray lowers its workers' priority; here all hosts share one machine with what else runs there.
+  echo 'export RAY_worker_niceness=0' >>"$disk/tmp/home/.bashrc"
   echo '. ~/.bashrc' >"$disk/tmp/home/.profile"
   cp "$LAB/key.pub" "$disk/tmp/home/.ssh/authorized_keys"
   if [ "$host" = lap ]; then cp "$LAB/key" "$disk/tmp/home/.ssh/id_ed25519"; fi

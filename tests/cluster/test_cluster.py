@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from saltray import checkpoint, dataset, demo, rle, study, training
-from tests.cluster.hosts import HEAD, ROOT, SHARED, WORKERS, Hosts, hosts, missing, wait_for
+from tests.cluster.hosts import HEAD, PATIENCE, ROOT, SHARED, WORKERS, Hosts, hosts, missing, wait_for
 
 why_not = missing()
 pytestmark = [
     pytest.mark.skipif(why_not is not None, reason=f"no namespace hosts: {why_not}"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
 ]
 
 SPACE = """
@@ -63,7 +63,7 @@ def test_a_search_runs_on_every_host_and_one_trial_on_two_of_them(cluster: Hosts
 
 def test_a_folder_that_is_not_shared_is_refused_before_the_first_trial(cluster: Hosts) -> None:
     job = cluster.submit(f"{TILES} --trials 2 --epochs 1 --out /tmp/home/run")
-    assert wait_for(lambda: cluster.status(job) in ("FAILED", "SUCCEEDED"), 90)
+    assert wait_for(lambda: cluster.status(job) in ("FAILED", "SUCCEEDED"), PATIENCE)
     said = " ".join(cluster.logs(job).split())
     assert re.search(r"error: /tmp/home/run: h[12] \(10\.77\.0\.1[12]\) does not share it", said), said
     assert "ls: cannot" in cluster.on("h0", "ls /tmp/home/run 2>&1 || true")  # and nothing was written
@@ -108,7 +108,7 @@ def test_ray_down_ends_it_and_nothing_is_left(cluster: Hosts) -> None:
     def left() -> list[str]:
         return [line for host in ("h0", "h1", "h2") for line in cluster.on(host, ray).splitlines()]
 
-    assert wait_for(lambda: not left(), 60, every=2), left()
+    assert wait_for(lambda: not left(), 180, every=2), left()
 
 
 def test_the_hosts_leave_nothing_behind() -> None:

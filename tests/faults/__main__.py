@@ -4,9 +4,11 @@ Each fault meets the same search: the same seed, tiles and space. What came of i
 benchmarks/results/faults.json and the table of benchmarks/FAULTS.md; the other faults' figures stay.
 """
 
+import fcntl
 import json
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -42,6 +44,17 @@ def write_table(kept: dict[str, Any]) -> None:
     TABLE.write_text(before + start + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->") :])
 
 
+def keep(name: str, figures: dict[str, Any], environment: dict[str, Any]) -> None:
+    """Put a fault's figures beside those of the others, which another process may be adding to."""
+    with (Path(tempfile.gettempdir()) / "saltray-faults.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"faults": {}}
+        kept["environment"] = environment
+        kept["faults"][name] = figures | {"commit": environment["commit"], "started": environment["started"]}
+        RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
+        write_table(kept)
+
+
 def main(names: list[str]) -> None:
     """Inject the named faults, or all; print and keep the figures."""
     unknown = set(names) - FAULTS.keys()
@@ -49,7 +62,7 @@ def main(names: list[str]) -> None:
         sys.exit(f"{min(unknown)}: there are {', '.join(FAULTS)}")
     if reason := missing():
         sys.exit(reason)
-    kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"faults": {}}
+    environment = run.environment()
     failed: list[str] = []
     with hosts() as these:
         bench = Bench(these)
@@ -65,10 +78,7 @@ def main(names: list[str]) -> None:
                 continue
             figures["seconds in all"] = round(time.monotonic() - started, 1)
             print(name, json.dumps(figures, indent=2), flush=True)
-            kept["faults"][name] = figures
-            kept["environment"] = run.environment()
-            RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
-            write_table(kept)
+            keep(name, figures, environment)
             bench.heal()
     if failed:
         sys.exit(f"no figures of: {', '.join(failed)}")
