@@ -52,9 +52,10 @@ def prepare_to_join(address: str | None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         return
-    # Without these a task on a machine that was cut off is missed for minutes, although the cluster knows.
-    os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "11000")
-    os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "2000")
+    # Without these a task on a machine that was cut off is missed for minutes, although the cluster knows. Pings
+    # closer than ten seconds are refused as too many, and on a busy machine they arrive closer than they left.
+    os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "30000")
+    os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "10000")
     if (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     host, _, port = address.rpartition(":")

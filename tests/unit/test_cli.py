@@ -112,7 +112,7 @@ def test_joining_a_cluster_sets_what_notices_a_lost_machine(monkeypatch: pytest.
     cli.prepare_to_join(None)
     assert "RAY_grpc_client_keepalive_time_ms" not in os.environ
     cli.prepare_to_join("auto")
-    assert dict(os.environ)["RAY_grpc_client_keepalive_time_ms"] == "11000"
+    assert dict(os.environ)["RAY_grpc_client_keepalive_time_ms"] == "30000"
     for name in (
         "RAY_grpc_client_keepalive_time_ms",
         "RAY_grpc_client_keepalive_timeout_ms",
