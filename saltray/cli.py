@@ -52,10 +52,6 @@ def prepare_to_join(address: str | None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         return
-    # Without these a task on a machine that was cut off is missed for minutes, although the cluster knows.
-    # Pings closer than ten seconds are refused as too many, and busy machines bring them closer.
-    os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "30000")
-    os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "10000")
     if (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     host, _, port = address.rpartition(":")

@@ -19,6 +19,11 @@ from tests.cluster.hosts import HEAD, PATIENCE, ROOT, SHARED, Hosts, wait_for
 
 TRIALS, EPOCHS = 6, 3
 Figures = dict[str, Any]
+JOINS = (
+    "RAY_AUTH_MODE=token RAY_grpc_client_keepalive_time_ms=11000 RAY_grpc_client_keepalive_timeout_ms=10000"
+)
+"""What a driver needs that is no job: the token, and the cluster's own keepalive."""
+
 
 SPACE = """
 def space(trial):
@@ -69,7 +74,7 @@ class Search:
         )
         with self.said.open("a") as log:
             self.process = subprocess.Popen(
-                [*bench.hosts.command("on", "h0", f"RAY_AUTH_MODE=token bash -c {shlex.quote(command)}")],
+                [*bench.hosts.command("on", "h0", f"{JOINS} bash -c {shlex.quote(command)}")],
                 env=bench.hosts.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -313,3 +313,12 @@ def test_only_places_to_edit_and_no_secret_stand_in_a_file(name: str) -> None:
     assert not re.search(r"AKIA[0-9A-Z]{16}|PRIVATE KEY|password|secret_?key", text, re.IGNORECASE)
     for address in re.findall(r"\b\d+\.\d+\.\d+\.\d+\b", text):
         assert address.startswith("192.0.2.") or address in ("127.0.0.1", "0.0.0.0")  # RFC 5737
+
+
+@pytest.mark.parametrize("name", RAY_UP)
+def test_the_keepalive_is_the_same_on_all_machines(name: str) -> None:
+    config = yaml.safe_load((CLUSTER / name).read_text())
+    for kind in ("head", "worker"):
+        start = " ".join(config[f"{kind}_start_ray_commands"])
+        assert "RAY_grpc_client_keepalive_time_ms=11000" in start
+        assert "RAY_grpc_client_keepalive_timeout_ms=10000" in start
