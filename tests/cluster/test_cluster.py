@@ -74,7 +74,7 @@ def test_two_hosts_train_one_trial_and_agree_with_one_process(cluster: Hosts) ->
     cluster.finish(cluster.submit(f"{TILES} {settings} --out {SHARED}/ddp"))
     best = cluster.shared / "ddp" / "best"
     images, masks = validation_tiles(cluster.shared / "demo" / "data", seed=0)
-    alone = training.evaluate(
+    alone, _ = training.evaluate(
         checkpoint.load_model(best), [{"image": images, "mask": masks}], torch.device("cpu"), None
     )
     assert alone == pytest.approx(json.loads((best / "metrics.json").read_text())["best_map"], abs=1e-9)
