@@ -79,7 +79,8 @@ class TensorBoard(TBXLoggerCallback):
             self._writers[number].add_scalar(name, result[name], epoch)
         self._writers[number].flush()
         if "checkpoint_path" in result:  # of several workers; of one, `on_checkpoint` is told
-            place = self._study.trials[number].user_attrs["checkpoint"]  # a URI where the run has one
+            known = self._study.get_trials(deepcopy=False)[number].user_attrs
+            place = known.get("checkpoint", result["checkpoint_path"])  # a URI where the run has one
             self._show(number, tune.Checkpoint(place), epoch)
 
     def on_checkpoint(
