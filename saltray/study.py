@@ -139,13 +139,18 @@ def _check_file(file: Path) -> None:
         raise StudyError(f"{file}: a database, but not of Optuna's; not the study of a run")
 
 
+def _close(storage: RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()
+
+
 def refuse_taken_name(place: Place) -> None:
     """Raise a StudyError where a server holds a study of that name already, or cannot be reached."""
     if place.url is None:
         return
     storage = open_storage(place)
     names = optuna.get_all_study_names(storage)
-    storage.engine.dispose()
+    _close(storage)
     if place.name in names:
         raise StudyError(
             f"{place}: there is such a study already. To go on with it: --resume and its run's folder; "
@@ -195,7 +200,7 @@ def load_study(place: Place | Path) -> optuna.Study:
     try:
         return _load(place, storage)
     except StudyError:
-        storage.engine.dispose()
+        _close(storage)
         raise
 
 

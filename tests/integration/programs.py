@@ -80,6 +80,7 @@ def wait_for_epochs(run: Path | Place, epochs: int) -> None:
 def close(study: optuna.Study) -> None:
     """Close the connections to the study's database."""
     storage: Any = study._storage
+    storage.remove_session()
     storage._backend.engine.dispose()
 
 
