@@ -15,8 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import ray.data
+import pandas as pd
 import torch
 from ray.train import Checkpoint
 
@@ -56,11 +55,15 @@ def stage(folder: Path, checkpoint_path: str) -> Path:
     return fresh
 
 
-def describe_tiles(training: ray.data.Dataset, validation: ray.data.Dataset) -> dict[str, Any]:
-    """Return what the model card tells of the tiles: their counts, and an all-empty prediction's score."""
-    coverage = np.concatenate([b["coverage"] for b in validation.iter_batches(batch_size=None)])
+def describe_tiles(training: int, coverage: pd.Series) -> dict[str, Any]:
+    """Return what the model card tells of the tiles: their counts, and an all-empty prediction's score.
+
+    Args:
+        training: how many training tiles there are.
+        coverage: of each validation tile, in [0, 1].
+    """
     empty_score = float((coverage == 0).mean())
-    return {"training": training.count(), "validation": len(coverage), "empty_score": empty_score}
+    return {"training": training, "validation": len(coverage), "empty_score": empty_score}
 
 
 def add_metrics(bundle: Path, facts: dict[str, Any]) -> None:

@@ -98,7 +98,17 @@ def make_scheduler(scheduler: Scheduler, epochs: int, known: Sequence[FrozenTria
     return StudyHyperBand(epochs, known, brackets=1 if scheduler == "asha" else None)
 
 
-class StudyHyperBand(AsyncHyperBandScheduler):
+class _LetsTrialsEnd(FIFOScheduler):
+    """Lets a trial that has reported its end end by itself; the scheduler beside it decides on the others."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide whether a trial goes on; one that reports its end is let end by itself."""
+        if result.get("finished"):
+            return self.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
+
+
+class StudyHyperBand(_LetsTrialsEnd, AsyncHyperBandScheduler):
     """Asynchronous HyperBand on the epoch; its rungs begin with what the study knows. ASHA is one bracket."""
 
     def __init__(self, epochs: int, known: Sequence[FrozenTrial], brackets: int | None) -> None:
@@ -132,19 +142,13 @@ class StudyHyperBand(AsyncHyperBandScheduler):
         self._trial_info[trial.trial_id] = self.bracket(number)
         self._replay(number, trial.trial_id)
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide whether a trial goes on; one that reports its end is let end by itself."""
-        if result.get("finished"):
-            return self.CONTINUE
-        return super().on_trial_result(tune_controller, trial, result)
-
     def _replay(self, number: int, trial_id: str) -> None:
         for epoch, value in sorted(self._known.get(number, {}).items()):
             # A bracket knows a trial by its id alone.
             self.bracket(number).on_result(cast(Any, SimpleNamespace(trial_id=trial_id)), epoch, value)
 
 
-class StudyMedian(MedianStoppingRule):
+class StudyMedian(_LetsTrialsEnd, MedianStoppingRule):
     """The median stopping rule on the epoch, which begins with what the study knows."""
 
     def __init__(self, epochs: int, known: Sequence[FrozenTrial]) -> None:
@@ -164,12 +168,6 @@ class StudyMedian(MedianStoppingRule):
         rows = self._rows(trial.config["number"])
         if rows:
             self._results[trial] = rows
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide whether a trial goes on; one that reports its end is let end by itself."""
-        if result.get("finished"):
-            return self.CONTINUE
-        return super().on_trial_result(tune_controller, trial, result)
 
     def _rows(self, number: int) -> list[dict[str, Any]]:
         values = self._known.get(number, {})

@@ -44,7 +44,8 @@ def read(folder: Path, *, url: str | None = None, study: optuna.Study | None = N
     Raises:
         UserError: it holds no run, one of a newer version, or a damaged file.
     """
-    content, settings = run.read(folder), run.read_settings(folder)
+    content = run.read(folder)
+    settings = run.Settings.model_validate(content["settings"])
     study = study or load_study(Place(folder, url or settings.study, settings.study_name))
     trials, best = own_trials(study), folder / "best"
     return Findings(

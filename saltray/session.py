@@ -220,11 +220,12 @@ def _adopt(
     folder: Path,
 ) -> None:
     """Take over another run's results, or its best parameters where the scores do not compare."""
-    before = run.read_settings(folder)
+    known = run.read(folder)
+    before = run.Settings.model_validate(known["settings"])
     differs = [
         name
         for name, same in {
-            "tiles or split": run.read(folder)["tiles"] == data.fingerprint,
+            "tiles or split": known["tiles"] == data.fingerprint,
             "epochs": before.epochs == settings.epochs,
             "objective": before.objective == settings.objective,
         }.items()
@@ -279,7 +280,7 @@ def _predict(folder: Path, best: FrozenTrial, data: Data) -> dict[str, Any]:
         model, data.validation, chosen, validation.choose_examples(table, EXAMPLES)
     )
     facts = asdict(chosen) | {"validation_map": scores[f"{chosen.threshold:.2f}"], "scores": scores}
-    tiles = bundle.describe_tiles(data.training, data.validation)
+    tiles = bundle.describe_tiles(data.training.count(), table["coverage"])
     bundle.add_metrics(model, {"trial": best.number, "tiles": tiles} | facts)
     codes = inference.segment(model, data.test, chosen)
     validation.write(folder, table, gallery)
