@@ -1,3 +1,4 @@
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -332,6 +333,8 @@ def _one_of_two(rank: int, folder: str, config: TrialConfig) -> None:
         device=CPU,
     )
     (Path(folder) / f"{rank}.json").write_text(json.dumps([[r["loss"], r["map"]] for r in reports]))
+    # DDP holds the process group in a cycle: left to the interpreter's end, gloo's threads may abort it.
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
