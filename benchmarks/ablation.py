@@ -22,7 +22,7 @@ import torch
 import typer
 
 from benchmarks import techniques
-from saltray import checkpoint, dataset, inference, metrics, run, stream, training
+from saltray import checkpoint, dataset, folds, inference, metrics, run, stream, training
 from saltray.augment import Batch
 from saltray.cli import run_program
 from saltray.config import TrialConfig, UserError
@@ -30,7 +30,6 @@ from saltray.plan import Plan, plan
 from saltray.trial import DATA_SHARE, EVALUATION_BATCH, Tiles, WorkerResources
 
 Run = dict[str, Any]
-FOLDS = 5  # fold 0 validates, as in a search
 
 
 def measure(config: TrialConfig, tiles: Tiles, resources: WorkerResources) -> Run:
@@ -173,7 +172,7 @@ def main(
     # The tiles, and their split, are the same for every seed: a seed is another start and another order.
     order = np.random.default_rng(0).permutation(len(rows.rows))
     rows = rows.where(np.isin(np.arange(len(order)), order[:tiles]))
-    fold = dataset.stratified_folds(rows.rows["coverage"], FOLDS, seed=0)
+    fold = folds.stratified_folds(rows.rows["coverage"], folds.FOLDS, seed=0)
     with run.quiet(None):
         run.connect(address)
     try:

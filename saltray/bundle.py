@@ -123,6 +123,18 @@ def export_onnx(bundle: Path) -> None:
         raise ExportError(f"{bundle / ONNX}: not written: {type(error).__name__}: {reason}") from error
 
 
+_SPLIT = {
+    "coverage": {
+        "together": "",
+        "neighbours": "Neighbours of a validation tile may be\n  among the training tiles, which flatters",
+    },
+    "neighbours": {
+        "together": " and keeping neighbours together",
+        "neighbours": "Neighbours that could be told by their\n  edges are on one side of the split",
+    },
+}
+
+
 def write_card(bundle: Path) -> None:
     """Write the model card, a README.md as the Hugging Face Hub reads it.
 
@@ -141,6 +153,7 @@ def write_card(bundle: Path) -> None:
         data=Path(settings["data"].rstrip("/")).name,
         fingerprint=known["tiles"],
         seed=settings["seed"],
+        **_SPLIT[settings.get("split", "coverage")],
         threshold=chosen.threshold,
         also="".join(f", {words}" for words in _also(chosen)),
         trial=metrics["trial"],
@@ -242,14 +255,13 @@ How far to trust it:
 
 - The epoch, the trial and what is done to the prediction were chosen on these same validation tiles, so
   both scores are a little too high for new tiles.
-- The contest's own tiles were cut from shared mosaics. Neighbours of a validation tile may be among the
-  training tiles, which flatters as well; other surveys were not seen at all.
+- The contest's own tiles were cut from shared mosaics. {neighbours}; other surveys were not seen at all.
 - Not to be used alone where a wrong salt boundary costs money or safety.
 
 ## Data
 
 {training:,} training and {validation:,} validation tiles of `{data}`: fold 0 of five folds stratified by salt
-coverage, seed {seed}. First digits of the SHA-256 of labels and split: `{fingerprint}`.
+coverage{together}, seed {seed}. First digits of the SHA-256 of labels and split: `{fingerprint}`.
 
 ## Training
 

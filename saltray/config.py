@@ -206,6 +206,9 @@ class TrialConfig(_Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
+Split = Literal["coverage", "neighbours"]
+"""How labelled tiles become folds (`saltray.folds`): alike in coverage, or that with neighbours together."""
+
 Objective = Literal["map", "map+speed"]
 """What a search maximizes: the validation mAP, or that and the tiles per second in validation."""
 

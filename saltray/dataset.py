@@ -1,4 +1,4 @@
-"""The contest's folder -> Ray Datasets of decoded, checked uint8 tiles; the split; the epoch's stream.
+"""The contest's folder -> Ray Datasets of decoded, checked uint8 tiles.
 
 The folder has Kaggle's layout, unpacked or as downloaded: `train.csv`, `depths.csv`,
 `sample_submission.csv`, and `train/images`, `train/masks`, `test/images` or `train.zip`, `test.zip`. It may
@@ -34,9 +34,6 @@ from saltray.config import TILE, UserError
 
 TILES_PER_BLOCK = 512
 """10 MiB of image and mask: large enough to outweigh a task's overhead, small enough to stream."""
-
-FOLDS = 5
-"""Of the split; fold 0 validates: 80/20."""
 
 _PNG_LIMIT = 2**20  # bytes; a 101x101 PNG of 16-bit RGB has at most 62 kB
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
@@ -137,44 +134,6 @@ def read_test(folder: Folder) -> Table:
     rows = rows.assign(image=rows["id"].map(files["images"]))
     rows = _add_depths(folder, rows, problems)
     return Table(folder, archive, rows[~rows["id"].isin(list(problems))], rows["id"].tolist(), problems)
-
-
-def stratified_folds(coverage: npt.ArrayLike, folds: int, seed: int) -> npt.NDArray[np.int64]:
-    """Assign each tile a fold, with the same spread of coverage in all of them.
-
-    Fold 0 of 5 is the validation set of the 80/20 split. Empty tiles are one class; the others are cut into
-    up to ten classes of equal size by their coverage.
-
-    Args:
-        coverage: share of salt of each tile, in [0, 1].
-        folds: number of folds, at least 2.
-        seed: of the shuffle.
-
-    Returns:
-        int64 array of shape (tiles,), in [0, folds).
-
-    Raises:
-        DataError: there are fewer tiles than folds.
-    """
-    from sklearn.model_selection import StratifiedKFold
-
-    coverage = np.asarray(coverage, np.float64)
-    if len(coverage) < folds:
-        raise DataError(f"{len(coverage)} labelled tiles: too few for {folds} folds")
-    salt = coverage > 0
-    classes = np.zeros(len(coverage), np.int64)
-    # At least `folds` tiles a class, or a fold could not have one of each.
-    bins = min(10, int(salt.sum()) // folds)
-    if bins:
-        ranks = np.argsort(np.argsort(coverage[salt], kind="stable"), kind="stable")
-        classes[salt] = 1 + ranks * bins // int(salt.sum())
-    if (~salt).sum() < folds or not bins:
-        classes = np.maximum(classes, 1)
-    result = np.empty(len(coverage), np.int64)
-    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    for fold, (_, members) in enumerate(splitter.split(coverage, classes)):
-        result[members] = fold
-    return result
 
 
 def fingerprint(table: Table, fold: npt.NDArray[np.int64]) -> str:

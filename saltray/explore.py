@@ -13,7 +13,7 @@ import typer
 
 from saltray import survey
 from saltray.cli import located, run_program
-from saltray.config import TILE, UserError
+from saltray.config import TILE, Split, UserError
 from saltray.page import BLUE, ORANGE, SKY, Page, Picture, overlay
 from saltray.survey import CLASSES, TINY, Survey
 
@@ -24,8 +24,8 @@ _DEPTH = "depth z (unit as in depths.csv)"
 _COVERAGE = "coverage (% of the tile's area)"
 
 
-def build(data: Survey, uri: str, seed: int) -> Page:
-    """Build the report; `uri` and `seed` are those that the tiles were read with."""
+def build(data: Survey, uri: str, seed: int, split: Split = "coverage") -> Page:
+    """Build the report; `uri`, `seed` and `split` are those that the tiles were read with."""
     page = Page(
         f"Seismic tiles in {uri.rstrip('/').rpartition('/')[2]}",
         f"{len(data.labelled):,} labelled and {len(data.test):,} test tiles of {TILE} × {TILE} pixels: how "
@@ -38,7 +38,7 @@ def build(data: Survey, uri: str, seed: int) -> Page:
     _add_gallery(page, data)
     _add_odd_masks(page, data)
     _add_odd_images(page, data)
-    _add_split(page, data, seed)
+    _add_split(page, data, seed, split)
     _add_bad_tiles(page, data)
     return page
 
@@ -279,12 +279,13 @@ def _add_odd_images(page: Page, data: Survey) -> None:
         page.note("Equal: apart from the black ones no two images, labelled or test.")
 
 
-def _add_split(page: Page, data: Survey, seed: int) -> None:
+def _add_split(page: Page, data: Survey, seed: int, split: Split) -> None:
+    together = ", and neighbours are kept together" if split == "neighbours" else ""
     page.section(
         "The split",
-        f"A search with --seed {seed} trains on four of five folds and validates on the other one; they are "
-        "stratified by coverage. The contest's tiles were cut from shared mosaics, so that neighbours on "
-        "both sides flatter the validation score a little.",
+        f"A search with --seed {seed} --split {split} trains on four of five folds and validates on the "
+        f"other one; they are stratified by coverage{together}. The contest's tiles were cut from shared "
+        "mosaics, so that neighbours on both sides flatter the validation score a little.",
     )
     parts = {name: data.labelled[data.labelled["part"] == name] for name in ("training", "validation")}
     page.figure(
@@ -305,6 +306,23 @@ def _add_split(page: Page, data: Survey, seed: int) -> None:
         "median depth z": [part["z"].median() for part in parts.values()],
     }
     page.table(pd.DataFrame(rows), "The two parts in numbers; empty masks count as coverage 0.")
+    _add_neighbours(page, data)
+
+
+def _add_neighbours(page: Page, data: Survey) -> None:
+    pairs = data.neighbours
+    if not len(pairs):
+        page.note("Neighbours: no two tiles whose edges fit each other clearly better than any others.")
+        return
+    trained = (data.labelled["part"] == "training").to_numpy()
+    cut = trained[pairs[:, 0]] != trained[pairs[:, 1]]
+    shown = [int(i) for pair in pairs[_spread(np.arange(len(pairs)), _PER_CLASS // 2)] for i in pair]
+    page.pictures(
+        [_picture(data, i) for i in shown],
+        f"{len(pairs):,} pairs of tiles seem to lie side by side or one below the other in a mosaic: their "
+        "edges fit each other clearly better than any others. The first, a middle and the last pair. "
+        f"Of all pairs {cut.sum():,} are on both sides of this split; --split neighbours leaves none there.",
+    )
 
 
 def _add_bad_tiles(page: Page, data: Survey) -> None:
@@ -350,13 +368,14 @@ def main(
     data: Annotated[str, typer.Argument(metavar="DIR", help="The contest's folder, a path or URI.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("explore.html"),
     seed: Annotated[int, typer.Option(min=0, help="Of the split, as in the search.")] = 0,
+    split: Annotated[Split, typer.Option(help="Kind of split, as in the search.")] = "coverage",
 ) -> None:
     """Write a report of the data: its salt, depths, odd tiles and split, as one HTML file."""
     if out.exists():
         raise UserError(f"{out}: already there; remove it or choose another --out")
     uri = located(data)
-    tiles = survey.read(uri, seed)
-    page = build(tiles, uri, seed)
+    tiles = survey.read(uri, seed, split)
+    page = build(tiles, uri, seed, split)
     out.parent.mkdir(parents=True, exist_ok=True)
     page.write(out)
     if tiles.problems:

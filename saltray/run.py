@@ -37,7 +37,7 @@ from pydantic import Field
 from ray.exceptions import RaySystemError
 
 from saltray import storage
-from saltray.config import SearchConfig, UserError
+from saltray.config import SearchConfig, Split, UserError
 from saltray.study import STUDY_NAME
 
 FORMAT = 1
@@ -56,6 +56,7 @@ class Settings(SearchConfig):
 
     data: str
     space: str
+    split: Split = "coverage"
     workers_per_trial: Annotated[int, Field(ge=1)] = 1
     cpus_per_trial: float | None = None
     gpus_per_trial: float | None = None

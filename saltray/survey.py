@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from saltray import dataset
-from saltray.config import TILE
+from saltray import dataset, folds
+from saltray.config import TILE, Split
 
 TINY = 10
 """Pixels of salt at most, in a mask called tiny."""
@@ -32,10 +32,12 @@ class Survey(NamedTuple):
     """Columns id, z."""
     test_images: Pixels
     problems: dataset.Problems
+    neighbours: npt.NDArray[np.int64]
+    """Pairs (n, 2) of positions of labelled tiles that seem to lie side by side (`folds.find_neighbours`)."""
 
 
-def read(uri: str, seed: int) -> Survey:
-    """Read and decode the contest's folder; `seed` is that of the split.
+def read(uri: str, seed: int, split: Split = "coverage") -> Survey:
+    """Read and decode the contest's folder; `seed` and kind are those of the split.
 
     Raises:
         DataError: the folder cannot be used, or has too few readable tiles to be split.
@@ -43,11 +45,9 @@ def read(uri: str, seed: int) -> Survey:
     folder = dataset.open_folder(uri)
     train, test = dataset.read_train(folder), dataset.read_test(folder)
     problems = train.problems | test.problems
-    _check_number(len(train.rows), dataset.FOLDS, problems, uri)
+    _check_number(len(train.rows), folds.FOLDS, problems, uri)
     # The split comes before the pictures, as in a search: a tile that proves damaged moves no other.
-    fold = pd.Series(
-        dataset.stratified_folds(train.rows["coverage"], dataset.FOLDS, seed), index=train.rows["row"]
-    )
+    fold = pd.Series(folds.assign_folds(train, folds.FOLDS, seed, split), index=train.rows["row"])
     tiles, bad = dataset.decode_local(train)
     test_tiles, test_bad = dataset.decode_local(test)
     problems |= bad | test_bad
@@ -63,6 +63,7 @@ def read(uri: str, seed: int) -> Survey:
         test=pd.DataFrame({"id": test_tiles["id"].astype(str), "z": test_tiles["z"]}),
         test_images=test_tiles["image"],
         problems=problems,
+        neighbours=folds.find_neighbours(tiles["image"]),
     )
 
 

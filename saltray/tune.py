@@ -10,7 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from saltray.cli import bundled_space, located, parse_duration, prepare_to_join, run_program
-from saltray.config import Objective, Scheduler, Searcher, UserError
+from saltray.config import Objective, Scheduler, Searcher, Split, UserError
 
 # Heavy imports wait until they are needed, so that --help answers at once.
 if TYPE_CHECKING:
@@ -62,6 +62,13 @@ def main(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave bad tiles out.", rich_help_panel=RUN)
     ] = False,
+    split: Annotated[
+        Split | None,
+        typer.Option(
+            help="neighbours keeps tiles together that lay side by side. Default: coverage.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     searcher: Annotated[
         Searcher | None, typer.Option(help="What proposes trials. Default: tpe.", rich_help_panel=ENGINE)
     ] = None,
@@ -134,7 +141,13 @@ def main(
         "gpus_per_trial": gpus_per_trial,
         "cpus_per_trial": cpus_per_trial,
     }
-    fixed = {"epochs": epochs, "seed": seed, "objective": objective, "skip_bad": skip_bad or None}
+    fixed = {
+        "epochs": epochs,
+        "seed": seed,
+        "objective": objective,
+        "split": split,
+        "skip_bad": skip_bad or None,
+    }
     budget = parse_duration(time_budget)
     server = without_password(study) if study else None
     if resume is not None:

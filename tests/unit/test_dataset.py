@@ -12,8 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from saltray import demo, rle
@@ -28,7 +26,6 @@ from saltray.dataset import (
     read_test,
     read_train,
     refuse,
-    stratified_folds,
 )
 
 Reader = Callable[[Folder], Table]
@@ -529,62 +526,3 @@ def test_damaged_byte_never_changes_pixels_silently(
         if not np.array_equal(pixels, whole):
             silent.append(place)
     assert silent == []
-
-
-# The split
-
-
-def spread(values: npt.NDArray[np.generic] | list[int]) -> int:
-    return int(np.max(values) - np.min(values))
-
-
-@pytest.mark.parametrize("folds", [2, 5, 7])
-def test_folds_are_complete_and_alike(folds: int) -> None:
-    rng = np.random.default_rng(1)
-    coverage = np.where(rng.random(403) < 0.39, 0.0, rng.random(403))
-    fold = stratified_folds(coverage, folds, seed=0)
-    assert fold.dtype == np.int64 and fold.shape == (403,)
-    counts = np.bincount(fold, minlength=folds)
-    assert len(counts) == folds and spread(counts) <= 1
-    assert spread([int((coverage[fold == f] == 0).sum()) for f in range(folds)]) <= 1
-    # The tiles with salt, in ten classes by coverage: each fold has its share of each.
-    order = np.argsort(coverage)[int((coverage == 0).sum()) :]
-    classes = np.arange(len(order)) * 10 // len(order)
-    for k in range(10):
-        assert spread(np.bincount(fold[order[classes == k]], minlength=folds)) <= 1
-
-
-def test_folds_follow_the_seed() -> None:
-    coverage = np.random.default_rng(1).random(200)
-    first = stratified_folds(coverage, 5, seed=4)
-    assert np.array_equal(first, stratified_folds(coverage, 5, seed=4))
-    assert not np.array_equal(first, stratified_folds(coverage, 5, seed=5))
-
-
-@given(
-    coverage=st.lists(st.one_of(st.just(0.0), st.just(1.0), st.floats(0, 1)), min_size=5, max_size=60),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_any_coverage_gives_even_folds(coverage: list[float], seed: int) -> None:
-    """All empty, all salt, few of either: no warning, and folds of one size."""
-    fold = stratified_folds(coverage, 5, seed)
-    counts = np.bincount(fold, minlength=5)
-    assert len(fold) == len(coverage) and len(counts) == 5 and spread(counts) <= 1
-    salt = np.asarray(coverage) > 0
-    if min(salt.sum(), (~salt).sum()) >= 5:
-        assert spread(np.bincount(fold[salt], minlength=5)) <= 1
-
-
-@pytest.mark.parametrize("empty", [0, 1, 4, 5, 20, 36, 39, 40])
-def test_few_tiles_of_either_kind_split_evenly(empty: int) -> None:
-    coverage = np.concatenate([np.zeros(empty), np.linspace(0.01, 1, 40 - empty)])
-    fold = stratified_folds(coverage, 5, seed=0)
-    assert np.bincount(fold).tolist() == [8] * 5
-    if 5 <= empty <= 35:
-        assert spread(np.bincount(fold[:empty], minlength=5)) <= 1
-
-
-@pytest.mark.parametrize("tiles", [0, 1, 4])
-def test_too_few_tiles_are_refused(tiles: int) -> None:
-    with pytest.raises(DataError, match=f"{tiles} labelled tiles: too few for 5 folds"):
-        stratified_folds(np.full(tiles, 0.5), 5, seed=0)

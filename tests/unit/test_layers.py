@@ -16,6 +16,7 @@ LAYERS = [
     ["optim"],
     ["augment"],
     ["dataset"],
+    ["folds"],
     ["stream"],
     ["checkpoint"],
     ["training"],
