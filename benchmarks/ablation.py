@@ -22,7 +22,7 @@ import torch
 import typer
 
 from benchmarks import techniques
-from saltray import checkpoint, dataset, folds, inference, metrics, run, stream, training
+from saltray import checkpoint, dataset, inference, metrics, run, splitting, stream, training
 from saltray.augment import Batch
 from saltray.cli import run_program
 from saltray.config import TrialConfig, UserError
@@ -172,7 +172,7 @@ def main(
     # The tiles, and their split, are the same for every seed: a seed is another start and another order.
     order = np.random.default_rng(0).permutation(len(rows.rows))
     rows = rows.where(np.isin(np.arange(len(order)), order[:tiles]))
-    fold = folds.stratified_folds(rows.rows["coverage"], folds.FOLDS, seed=0)
+    fold = splitting.stratified_folds(rows.rows["coverage"], splitting.FOLDS, seed=0)
     with run.quiet(None):
         run.connect(address)
     try:

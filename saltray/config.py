@@ -207,7 +207,7 @@ class TrialConfig(_Frozen):
 
 
 Split = Literal["coverage", "neighbours"]
-"""How labelled tiles become folds (`saltray.folds`): alike in coverage, or that with neighbours together."""
+"""How tiles become folds (`saltray.splitting`): alike in coverage, or that with neighbours together."""
 
 Objective = Literal["map", "map+speed"]
 """What a search maximizes: the validation mAP, or that and the tiles per second in validation."""

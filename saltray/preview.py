@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saltray import dataset, folds, run, session, training
+from saltray import dataset, run, session, splitting, training
 from saltray import space as spaces
 from saltray.config import TILE, TrialConfig
 from saltray.engine import GRACE_EPOCHS, REDUCTION
@@ -55,7 +55,7 @@ def show(settings: run.Settings, *, address: str | None) -> None:
             ]
     finally:
         run.disconnect()
-    training_tiles = count * (folds.FOLDS - 1) // folds.FOLDS
+    training_tiles = count * (splitting.FOLDS - 1) // splitting.FOLDS
     trial_seconds = [settings.epochs * training_tiles / rate for rate in rates]
     console.print(f"[bold]{escape(str(space.path))}[/]\n")
     console.print(_parameters([drawn for drawn, _ in samples]))

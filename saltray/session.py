@@ -18,11 +18,11 @@ from saltray import (
     bundle,
     dataset,
     demo,
-    folds,
     inference,
     report,
     run,
     search,
+    splitting,
     storage,
     submission,
     tracking,
@@ -192,7 +192,7 @@ def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str
     with console.status("reading and checking the tiles"), run.quiet(None):
         folder = dataset.open_folder(settings.data)
         train, test = dataset.read_train(folder), dataset.read_test(folder)
-        fold = folds.assign_folds(train, folds.FOLDS, settings.seed, settings.split)
+        fold = splitting.assign_folds(train, splitting.FOLDS, settings.seed, settings.split)
         parts, problems = [], train.problems | test.problems
         for table in (train.where(fold != 0), train.where(fold == 0), test):
             tiles, bad = dataset.decode(table)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from saltray import dataset, folds
+from saltray import dataset, splitting
 from saltray.config import TILE, Split
 
 TINY = 10
@@ -33,7 +33,7 @@ class Survey(NamedTuple):
     test_images: Pixels
     problems: dataset.Problems
     neighbours: npt.NDArray[np.int64]
-    """Pairs (n, 2) of positions of labelled tiles that seem to lie side by side (`folds.find_neighbours`)."""
+    """Pairs (n, 2) of positions of labelled tiles that seem to lie side by side (`splitting`)."""
 
 
 def read(uri: str, seed: int, split: Split = "coverage") -> Survey:
@@ -45,9 +45,9 @@ def read(uri: str, seed: int, split: Split = "coverage") -> Survey:
     folder = dataset.open_folder(uri)
     train, test = dataset.read_train(folder), dataset.read_test(folder)
     problems = train.problems | test.problems
-    _check_number(len(train.rows), folds.FOLDS, problems, uri)
+    _check_number(len(train.rows), splitting.FOLDS, problems, uri)
     # The split comes before the pictures, as in a search: a tile that proves damaged moves no other.
-    fold = pd.Series(folds.assign_folds(train, folds.FOLDS, seed, split), index=train.rows["row"])
+    fold = pd.Series(splitting.assign_folds(train, splitting.FOLDS, seed, split), index=train.rows["row"])
     tiles, bad = dataset.decode_local(train)
     test_tiles, test_bad = dataset.decode_local(test)
     problems |= bad | test_bad
@@ -63,7 +63,7 @@ def read(uri: str, seed: int, split: Split = "coverage") -> Survey:
         test=pd.DataFrame({"id": test_tiles["id"].astype(str), "z": test_tiles["z"]}),
         test_images=test_tiles["image"],
         problems=problems,
-        neighbours=folds.find_neighbours(tiles["image"]),
+        neighbours=splitting.find_neighbours(tiles["image"]),
     )
 
 

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from ray import tune
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from saltray import bundle, checkpoint, dataset, demo, folds, search, stream, tracking
+from saltray import bundle, checkpoint, dataset, demo, search, splitting, stream, tracking
 from saltray.config import SearchConfig
 from saltray.plan import Plan
 from saltray.space import Space
@@ -41,7 +41,7 @@ SPACE = Space(draw, {"filters": 2, "learning_rate": 1e-2}, Path("space.py"))
 def tiles(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Tiles:
     data = demo.write(tmp_path_factory.mktemp("tiles"), train=40, test=4, seed=3)
     table = dataset.read_train(dataset.open_folder(str(data)))
-    fold = folds.stratified_folds(table.rows["coverage"], 4, 0)
+    fold = splitting.stratified_folds(table.rows["coverage"], 4, 0)
     return Tiles.share(
         dataset.decode(table.where(fold != 0))[0], dataset.decode(table.where(fold == 0))[0], 1
     )

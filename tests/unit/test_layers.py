@@ -16,7 +16,7 @@ LAYERS = [
     ["optim"],
     ["augment"],
     ["dataset"],
-    ["folds"],
+    ["splitting"],
     ["stream"],
     ["checkpoint"],
     ["training"],

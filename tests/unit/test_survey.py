@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saltray import dataset, demo, folds, survey
+from saltray import dataset, demo, splitting, survey
 from saltray.config import TILE
 from saltray.dataset import DataError
 
@@ -89,7 +89,7 @@ def test_depth_ranges_hold_equally_many_tiles() -> None:
 def test_tiles_are_read_with_the_split_of_a_search(pristine: Path) -> None:
     found = survey.read(str(pristine), seed=3)
     table = dataset.read_train(dataset.open_folder(str(pristine)))
-    fold = folds.stratified_folds(table.rows["coverage"], 5, 3)
+    fold = splitting.stratified_folds(table.rows["coverage"], 5, 3)
     assert found.labelled["id"].tolist() == table.rows["id"].tolist()
     assert (found.labelled["part"] == "validation").tolist() == (fold == 0).tolist()
     assert found.labelled["pixels"].tolist() == [int(mask.sum()) for mask in found.masks]

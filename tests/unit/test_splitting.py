@@ -10,10 +10,10 @@ from numpy import typing as npt
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from saltray import dataset, demo, folds
+from saltray import dataset, demo, splitting
 from saltray.config import TILE
 from saltray.dataset import DataError
-from saltray.folds import assign_folds, find_neighbours, groups_of, stratified_folds
+from saltray.splitting import assign_folds, find_neighbours, groups_of, stratified_folds
 
 
 def spread(values: npt.NDArray[np.generic] | list[int]) -> int:
@@ -82,7 +82,7 @@ def mosaic(rng: np.random.Generator, rows: int, columns: int) -> npt.NDArray[np.
 
 
 def test_neighbours_in_mosaics_are_found_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folds, "_CHUNK", 7)  # more than one chunk, the last smaller
+    monkeypatch.setattr(splitting, "_CHUNK", 7)  # more than one chunk, the last smaller
     rng = np.random.default_rng(0)
     lone = np.stack([demo.tile(rng)[0] for _ in range(20)])
     flat = np.full((5, TILE, TILE), 90, np.uint8)
