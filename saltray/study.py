@@ -247,7 +247,7 @@ def score(trial: FrozenTrial) -> float:
     return max(trial.intermediate_values.values(), default=-1.0)
 
 
-def epochs_of(trial: FrozenTrial) -> list[dict[str, Any]]:
+def epochs_of(trial: FrozenTrial | optuna.Trial) -> list[dict[str, Any]]:
     """Return a row for each epoch that a trial did, in the order they were done; a redone one is there twice.
 
     A row has `epoch` (from 1), `loss`, `map`, `learning_rate`, `seconds`, `tiles_per_second` (in training),

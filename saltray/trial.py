@@ -7,7 +7,7 @@ trial then costs about a second beside its training. Several workers run under `
 import math
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +143,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
     device = _device(resources)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
-    def training_batches(epoch: int) -> training.Batches:
+    def start(epoch: int) -> Iterator[stream.Tensors]:
         return stream.epoch_stream(
             tiles.training[rank],
             config.augment,
@@ -165,14 +165,18 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
     last = tune.get_checkpoint() if alone else train.get_checkpoint()
     if last is None and spec["resume"]:
         last = train.Checkpoint(spec["resume"])
-    with last.as_directory() if last else nullcontext() as folder:
+    count = tiles.training[rank].count()
+    with (
+        last.as_directory() if last else nullcontext() as folder,
+        stream.EpochStreams(start, epochs=config.epochs, tiles=count) as training_batches,
+    ):
         try:
             training.fit(
                 config,
                 training_batches,
                 validation_batches,
                 report,
-                steps=math.ceil(tiles.training[rank].count() / batch_size),
+                steps=math.ceil(count / batch_size),
                 device=device,
                 resume=_intact(folder),
             )
