@@ -42,7 +42,7 @@ RETRIES = 3
 
 COLUMNS = (
     *("epoch", "loss", "map", "learning_rate", "seconds", "tiles_per_second", "validation_tiles_per_second"),
-    *("host", "ended"),
+    *("workers", "host", "ended"),
 )
 """Of an epoch's row in a trial's user attribute `epochs`."""
 
