@@ -1,71 +1,139 @@
-"""`python -m benchmarks`: measures, each against its peer in the same run, and prints a table.
+"""`python -m benchmarks`: how fast saltray is, against what a user would otherwise write, in the same run.
 
-Results go to `benchmarks/results/NAME.json` with date, hardware and versions; commit what you want to keep.
+Each group of rows runs in a process of its own with a time limit, so that one that fails or hangs is shown
+as failed and the others go on. The table goes to the terminal and to `benchmarks/SPEED.md`, every single
+figure to `benchmarks/results/speed.json`; both compare with the last committed run. Under 15 minutes on two
+cores that do nothing else.
 """
 
+import importlib
 import json
-import statistics
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import typer
 
-from saltray import demo, metrics, run
+from benchmarks import table
 from saltray.cli import run_program
 from saltray.config import UserError
 
-RESULTS = Path(__file__).parent / "results"
-Row = dict[str, Any]
+HERE = Path(__file__).parent
+RESULTS, MARKDOWN = HERE / "results" / "speed.json", HERE / "SPEED.md"
 
 
-def metric() -> Row:
-    """Score 18,000 pairs of masks at all ten thresholds, against a loop over tiles and thresholds."""
-    rng = np.random.default_rng(0)
-    some = np.stack([demo.tile(rng)[1] for _ in range(300)])
-    truth, predicted = some[rng.integers(0, 300, 18_000)], some[rng.integers(0, 300, 18_000)]
+class Group(NamedTuple):
+    """Rows that are measured together: a module of this package with a function `measure`."""
 
-    def slow(count: int) -> float:
-        scores = []
-        for p, t in zip(predicted[:count], truth[:count], strict=True):
-            union = np.logical_or(p, t).sum()
-            iou = np.logical_and(p, t).sum() / union if union else 1.0
-            scores.append(np.mean([iou > t for t in metrics.IOU_THRESHOLDS]) if union else 1.0)
-        return float(np.mean(scores))
-
-    seconds, value = timed(lambda: metrics.mean_precision(predicted, truth))
-    peer, slow_value = timed(lambda: slow(18_000))
-    assert abs(value - slow_value) < 1e-12
-    return {"seconds": seconds, "peer_seconds": peer, "ratio": peer / seconds, "goal": "about 1 s"}
+    module: str
+    limit: float
+    """Seconds after which it has failed; several times what it takes on two calm cores."""
 
 
-def timed(function: Callable[[], float], runs: int = 5) -> tuple[float, float]:
-    """Return the median time of several calls, and the last call's value."""
-    times, value = [], 0.0
-    for _ in range(runs):
-        started = time.perf_counter()
-        value = function()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times), value
+GROUPS = {
+    "metric": Group("scoring", 60),
+    "start": Group("starting", 360),
+    "trial": Group("trials", 180),
+    "training": Group("training", 480),
+    "gpu": Group("gpu", 600),
+    "search": Group("searching", 600),
+    "thousand": Group("thousand", 600),
+    "predict": Group("predicting", 480),
+    "memory": Group("memory", 300),
+    "bigger": Group("bigger", 480),
+    "workers": Group("workers", 480),
+}
 
 
-BENCHMARKS: dict[str, Callable[[], Row]] = {"metric": metric}
+def run_group(name: str) -> table.Rows:
+    """Measure a group in a process of its own; a failure is a row that says why."""
+    with tempfile.TemporaryDirectory(prefix="speed-", ignore_cleanup_errors=True) as scratch:
+        out, log = Path(scratch) / "rows.json", Path(scratch) / "log"
+        command = [sys.executable, "-m", "benchmarks", "--only", name, "--child", str(out)]
+        environment = os.environ | {"TMPDIR": scratch}
+        environment.pop("RAY_ADDRESS", None)  # always a Ray of its own
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=HERE.parent, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+            try:
+                code = process.wait(GROUPS[name].limit)
+                reason = f"failed with exit status {code}"
+            except subprocess.TimeoutExpired:
+                reason = f"failed: not done after {GROUPS[name].limit:g} s"
+            finally:
+                # All that it started; what is in sessions of its own, Ray, ends with its driver.
+                _kill_session(process)
+        if out.exists():
+            return [{**row, "group": name} for row in json.loads(out.read_text())]
+        last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
+        print(log.read_text()[-4000:], file=sys.stderr)
+    return [_failed(name, f"{reason}: {last[:200]}")]
 
 
-def main(only: Annotated[list[str] | None, typer.Option(help="Run just these.")] = None) -> None:
-    """Measure, print, and write the results."""
-    unknown = set(only or ()) - BENCHMARKS.keys()
+def _failed(group: str, note: str) -> dict[str, Any]:
+    from benchmarks.rows import Row
+
+    return Row(group, None, note=note).to_dict() | {"group": group}
+
+
+def _kill_session(process: "subprocess.Popen[bytes]") -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def _child(name: str, out: Path) -> None:
+    """Measure a group here."""
+    rows = importlib.import_module(f"benchmarks.{GROUPS[name].module}").measure()
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps([row.to_dict() for row in rows]))
+    temporary.replace(out)
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="Run just these groups.")] = None,
+    child: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure, print a table, and write it with every figure; groups that are left out keep theirs."""
+    unknown = set(only or ()) - GROUPS.keys()
     if unknown:
-        raise UserError(f"--only {min(unknown)}: there are {', '.join(BENCHMARKS)}")
-    for name in only or BENCHMARKS:
-        row = BENCHMARKS[name]()
-        cells = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-        typer.echo(f"{name:<12}" + "  ".join(cells))
-        RESULTS.mkdir(exist_ok=True)
-        content = json.dumps({"result": row, "environment": run.environment()}, indent=2)
-        (RESULTS / f"{name}.json").write_text(content + "\n")
+        raise UserError(f"--only {min(unknown)}: there are {', '.join(GROUPS)}")
+    if child is not None:
+        for name in only or ():
+            _child(name, child)
+        return
+    import torch
+
+    from saltray import run
+    from saltray.trial import cpu_name
+
+    before, rows = table.committed(RESULTS), []
+    for name in only or GROUPS:
+        started = time.monotonic()
+        new = run_group(name)
+        table.judge(new, before)
+        rows += new
+        for row in new:
+            value = table.figure(row["value"], row["unit"])
+            typer.echo(f"{row['what']:<62} {value:>14}  {table.goal(row):<28} {row['note']}")
+        typer.echo(f"  {name}: {time.monotonic() - started:.0f} s")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    environment = run.environment() | {"cpu": cpu_name(), "gpu": gpu}
+    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    # Of groups measured at another time the file keeps the environment as well.
+    rows = [{**row, "environment": environment} for row in rows]
+    merged = table.merge(known, rows, GROUPS)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"rows": merged}, indent=1) + "\n")
+    MARKDOWN.write_text(table.markdown(merged, before, environment))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def measure(config: TrialConfig, tiles: Tiles, resources: WorkerResources) -> Ru
 
     def training_batches(epoch: int) -> training.Batches:
         return stream.epoch_stream(
-            tiles.training[0],
+            tiles.shares[1][0].training,
             config.augment,
             seed=config.seed,
             epoch=epoch,
@@ -55,14 +55,14 @@ def measure(config: TrialConfig, tiles: Tiles, resources: WorkerResources) -> Ru
         history.append(metrics["map"])
         last.update(metrics)
         if metrics["finished"]:
-            judged.update(cross_chosen(folder, tiles.validation[0]))
+            judged.update(cross_chosen(folder, tiles.shares[1][0].validation))
 
     training.fit(
         config,
         training_batches,
-        lambda: stream.plain_stream(tiles.validation[0], batch_size=EVALUATION_BATCH),
+        lambda: stream.plain_stream(tiles.shares[1][0].validation, batch_size=EVALUATION_BATCH),
         report,
-        steps=math.ceil(tiles.training[0].count() / config.batch_size),
+        steps=math.ceil(tiles.shares[1][0].training.count() / config.batch_size),
         device=torch.device("cuda" if cuda else "cpu"),
     )
     facts = {name: last[name] for name in ("best_map", "loss", "parameters", "tiles_per_second")}

@@ -6,16 +6,23 @@ does not depend on the batch, block, worker or machine that it meets, and the ne
 Mixup alone needs a second tile: the training loop does it, on its batch.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from saltray.config import AugmentConfig
 
+# Decoding and augmentation run in processes of Ray Data's, which start a second sooner without PyTorch.
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Batch = dict[str, npt.NDArray[Any]]
+
+COLUMNS = ("image", "mask", "z")
+"""What training needs of a tile."""
 
 _DRAWS = 13
 """Numbers that each tile draws, each with its fixed use: switching one change on leaves the others' draws."""
@@ -49,6 +56,12 @@ def augment(batch: Batch, config: AugmentConfig, seed: int, epoch: int) -> Batch
     return batch | {"image": image, "mask": mask}
 
 
+def augment_for_training(batch: Batch, config: AugmentConfig, seed: int, epoch: int) -> Batch:
+    """Augment, and keep only what training needs."""
+    changed = augment({name: batch[name] for name in ("row", *COLUMNS)}, config, seed, epoch)
+    return {name: changed[name] for name in COLUMNS}
+
+
 def mixup(images: Tensor, alpha: float) -> tuple[Tensor, Tensor | None, float]:
     """Mix each image of a batch with another one's (Zhang et al. 2018, arXiv:1710.09412).
 
@@ -65,14 +78,18 @@ def mixup(images: Tensor, alpha: float) -> tuple[Tensor, Tensor | None, float]:
     """
     if alpha == 0:
         return images, None, 1.0
+    import torch
+
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     partner = torch.randperm(len(images)).to(images.device)
     return torch.lerp(images[partner], images, share), partner, share
 
 
 def _flip(tiles: npt.NDArray[np.uint8], which: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    """Mirror the chosen tiles left to right: the last axis of (tiles, height, width)."""
-    return np.where(which[:, None, None], tiles[:, :, ::-1], tiles)
+    """Return a copy with the chosen tiles mirrored left to right: the last axis of (tiles, height, width)."""
+    mirrored = tiles.copy()
+    mirrored[which] = tiles[which, :, ::-1]
+    return mirrored
 
 
 def _move(

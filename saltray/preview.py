@@ -1,10 +1,8 @@
 """What `--dry-run` shows: the space, sampled configurations, and the plan with its estimated time."""
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import optuna
 import ray
@@ -14,17 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saltray import dataset, run, session, splitting, training
+from saltray import dataset, run, session, splitting
 from saltray import space as spaces
-from saltray.config import TILE, TrialConfig
+from saltray.config import TrialConfig
 from saltray.engine import GRACE_EPOCHS, REDUCTION
 from saltray.model import build_model, count_parameters
-from saltray.trial import WorkerResources
+from saltray.packing import tiles_per_second
 from saltray.view import duration, text
 
 SAMPLES = 10
-TIMED_SECONDS = 1.0
-"""How long each sampled network trains to be timed, after one step that is not counted."""
 
 
 def show(settings: run.Settings, *, address: str | None) -> None:
@@ -40,13 +36,13 @@ def show(settings: run.Settings, *, address: str | None) -> None:
         )
         run.connect(address)
     try:
-        chosen = session.plan_for(settings)
+        chosen = session.plan_for(settings, space)
         made = settings.data.endswith("/demo/data") and not Path(settings.data).exists()
         count = (
             session.DEMO_TILES if made else len(dataset.read_train(dataset.open_folder(settings.data)).rows)
         )
         with console.status("timing the sampled networks"), run.quiet(None):
-            task = ray.remote(_tiles_per_second).options(
+            task = ray.remote(tiles_per_second).options(
                 num_cpus=chosen.resources.training()["CPU"], num_gpus=chosen.resources.gpus
             )
             rates = [
@@ -70,27 +66,6 @@ def show(settings: run.Settings, *, address: str | None) -> None:
     console.print(
         _estimate(settings, sum(trial_seconds) / len(trial_seconds), chosen.concurrency), soft_wrap=True
     )
-
-
-def _tiles_per_second(config: dict[str, Any], resources: WorkerResources) -> float:
-    """Train a network on noise for a moment, as a worker of a trial would."""
-    trial = TrialConfig.from_dict(config)
-    device = torch.device("cuda" if resources.gpus and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(max(1, round(resources.cpus)))
-    learner = training.Learner.new(trial, device, steps=1)
-    size = max(1, trial.batch_size // resources.workers)
-    noise = torch.randint(0, 256, (2, size, TILE, TILE), dtype=torch.uint8)
-    batch = {"image": noise[0], "mask": noise[1] > 127, "z": torch.full((size,), 500.0)}
-
-    def step() -> None:
-        training.train_epoch(learner, learner.model, [batch], epoch=1, history=[])
-
-    step()
-    steps, started = 0, time.perf_counter()
-    while time.perf_counter() - started < TIMED_SECONDS:
-        step()
-        steps += 1
-    return steps * size / (time.perf_counter() - started)
 
 
 def _parameters(drawn: Sequence[optuna.trial.FrozenTrial]) -> Table:

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import ray
 import ray.data
@@ -59,7 +59,7 @@ class Settings(SearchConfig):
     split: Split = "coverage"
     workers_per_trial: Annotated[int, Field(ge=1)] = 1
     cpus_per_trial: float | None = None
-    gpus_per_trial: float | None = None
+    gpus_per_trial: float | Literal["auto"] | None = None
     skip_bad: bool = False
     study: str | None = None
     """URL of the study's database server, without a password; None for SQLite in the run's folder."""

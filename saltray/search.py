@@ -42,7 +42,7 @@ RETRIES = 3
 
 COLUMNS = (
     *("epoch", "loss", "map", "learning_rate", "seconds", "tiles_per_second", "validation_tiles_per_second"),
-    *("host", "ended"),
+    *("workers", "host", "ended"),
 )
 """Of an epoch's row in a trial's user attribute `epochs`."""
 
@@ -157,7 +157,7 @@ class StudySearch(Searcher):
                 reason = f"{type(error).__name__}: {error}"
                 self.record_failure(trial_id, reason)
                 continue
-            self._epochs[trial_id] = list(epochs_of(self.study.trials[trial.number]))
+            self._epochs[trial_id] = epochs_of(trial)
             return {"number": trial.number, "config": drawn.to_dict(), "resume": checkpoint_of(trial)}
         raise SearchError(f"{BAD_DRAWS} draws in a row failed, the last with {reason}")
 

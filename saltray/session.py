@@ -19,6 +19,7 @@ from saltray import (
     dataset,
     demo,
     inference,
+    packing,
     report,
     run,
     search,
@@ -93,7 +94,7 @@ def start(
     console = _console()
     dashboard = _connect(console, address)
     try:
-        chosen = plan_for(settings)
+        chosen = plan_for(settings, space)
         _probe(console, home)
         if settings.data == str(demo_data(folder)):
             console.print("No --data: making synthetic seismic tiles.")
@@ -133,7 +134,7 @@ def resume(
         )
     dashboard = _connect(console, address)
     try:
-        chosen = plan_for(settings)
+        chosen = plan_for(settings, space)
         _probe(console, home)
         data, left_out = _read(console, settings)
         with run.locked(folder), storage.Mirror(home) as mirror:
@@ -173,9 +174,15 @@ def _check(space: Space, settings: run.Settings) -> None:
         )
 
 
-def plan_for(settings: run.Settings) -> Plan:
+def plan_for(settings: run.Settings, space: Space) -> Plan:
     """Plan for the cluster that was joined; raises PlanError or RunError."""
     nodes = run.nodes()
+    gpus = settings.gpus_per_trial
+    if gpus == "auto":
+        with run.quiet(None):
+            # The space's first configuration; without one, a sampled one.
+            _, config = spaces.sample(space, 1, epochs=settings.epochs, seed=settings.seed, workers=1)[0]
+            gpus = packing.gpu_share(config, nodes, settings.cpus_per_trial or 1.0)
     if settings.gpu_hours is not None and not any(node.get("GPU") for node in nodes):
         raise run.RunError(f"--gpu-hours {settings.gpu_hours:g}: the cluster has no GPU; use --time-budget")
     return plan(
@@ -183,7 +190,7 @@ def plan_for(settings: run.Settings) -> Plan:
         trials=settings.trials,
         workers=settings.workers_per_trial,
         cpus=settings.cpus_per_trial,
-        gpus=settings.gpus_per_trial,
+        gpus=gpus,
     )
 
 

@@ -247,11 +247,12 @@ def score(trial: FrozenTrial) -> float:
     return max(trial.intermediate_values.values(), default=-1.0)
 
 
-def epochs_of(trial: FrozenTrial) -> list[dict[str, Any]]:
+def epochs_of(trial: FrozenTrial | optuna.Trial) -> list[dict[str, Any]]:
     """Return a row for each epoch that a trial did, in the order they were done; a redone one is there twice.
 
     A row has `epoch` (from 1), `loss`, `map`, `learning_rate`, `seconds`, `tiles_per_second` (in training),
-    `validation_tiles_per_second`, `host` (its address) and `ended` (ISO 8601, UTC).
+    `validation_tiles_per_second`, `workers` (how many; absent in older studies), `host` (its address) and
+    `ended` (ISO 8601, UTC).
     """
     rows: list[dict[str, Any]] = trial.user_attrs.get("epochs", [])
     return rows

@@ -7,11 +7,11 @@ trial then costs about a second beside its training. Several workers run under `
 import math
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ray
 import torch
@@ -39,35 +39,59 @@ class WorkerResources:
     workers: int
     cpus: float
     gpus: float
+    elastic: bool = False
+    """Begin, or go on, with as few as one worker where there is no room for all (`for_refits`)."""
 
     def training(self) -> dict[str, float]:
         """Return the resources of the training process itself."""
         resources = {"CPU": self.cpus * (1 - DATA_SHARE)}
         return resources | {"GPU": self.gpus} if self.gpus else resources
 
+    def for_refits(self) -> "WorkerResources":
+        """Return the same, elastic where that can be.
+
+        A refit may change its number of workers, as nothing else depends on its speed; a search's trial may
+        not, or unlike trials would be compared. Ray Train cannot count shares of a GPU for elastic workers.
+        """
+        return replace(self, elastic=self.workers > 1 and self.gpus == int(self.gpus))
+
+
+class Share(NamedTuple):
+    """One worker's tiles."""
+
+    training: ray.data.Dataset
+    validation: ray.data.Dataset
+
 
 @dataclass(frozen=True)
 class Tiles:
-    """The decoded tiles, held once in the object store: a training and a validation share per worker.
+    """The decoded tiles, held once in the object store, and each worker's share of them.
 
     The training shares are of one length, so that every worker takes as many steps; the validation shares
     hold each tile exactly once.
     """
 
-    training: list[ray.data.Dataset]
-    validation: list[ray.data.Dataset]
+    shares: dict[int, list[Share]]
+    """By the number of workers; of elastic trials, for every number that they may have."""
     shown: samples.Samples
     """A few of the validation tiles, to look at."""
 
     @classmethod
-    def share(cls, training: ray.data.Dataset, validation: ray.data.Dataset, workers: int) -> "Tiles":
+    def share(
+        cls, training: ray.data.Dataset, validation: ray.data.Dataset, workers: int, elastic: bool = False
+    ) -> "Tiles":
         """Share materialized datasets among the workers of a trial."""
         few = samples.choose(cast(Iterable[Batch], validation.iter_batches(batch_size=None)))
-        if workers == 1:
-            return cls([training], [validation], few)
-        count = validation.count()
-        cuts = [count * i // workers for i in range(1, workers)]
-        return cls(list(training.split(workers, equal=True)), list(validation.split_at_indices(cuts)), few)
+        shares = {}
+        for number in range(1 if elastic else workers, workers + 1):
+            if number == 1:
+                shares[1] = [Share(training, validation)]
+                continue
+            count = validation.count()
+            cuts = [count * i // number for i in range(1, number)]
+            parts = training.split(number, equal=True), validation.split_at_indices(cuts)
+            shares[number] = [Share(*share) for share in zip(*parts, strict=True)]
+        return cls(shares, few)
 
 
 def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources, storage: str) -> None:
@@ -89,7 +113,7 @@ def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources,
     TorchTrainer(
         worker,
         scaling_config=train.ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=(1, resources.workers) if resources.elastic else resources.workers,
             use_gpu=resources.gpus > 0,
             resources_per_worker=resources.training(),
         ),
@@ -132,20 +156,27 @@ def cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def _place_among_workers() -> tuple[int, int]:
+    """Return this worker's rank and how many there are; of elastic ones, now."""
+    context = train.get_context()
+    return context.get_world_rank(), context.get_world_size()
+
+
 def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources) -> None:
     """Train on this worker's share of the tiles."""
     config = TrialConfig.from_dict(spec["config"])
     alone = resources.workers == 1
     # Inside Tune's actor, Ray Train's context is not to be asked.
-    rank = 0 if alone else train.get_context().get_world_rank()
+    rank, world = (0, 1) if alone else _place_among_workers()
+    share = tiles.shares[world][rank]
     torch.set_num_threads(max(1, round(resources.cpus)))
-    batch_size = config.batch_size // resources.workers
+    batch_size = max(1, config.batch_size // world)
     device = _device(resources)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
-    def training_batches(epoch: int) -> training.Batches:
+    def start(epoch: int) -> Iterator[stream.Tensors]:
         return stream.epoch_stream(
-            tiles.training[rank],
+            share.training,
             config.augment,
             seed=config.seed,
             epoch=epoch,
@@ -154,25 +185,29 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
         )
 
     def validation_batches() -> training.Batches:
-        return stream.plain_stream(tiles.validation[rank], batch_size=EVALUATION_BATCH)
+        return stream.plain_stream(share.validation, batch_size=EVALUATION_BATCH)
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         if folder and metrics["map"] == metrics["best_map"]:
             samples.draw(folder, tiles.shown, device)
         checkpoint = train.Checkpoint.from_directory(folder) if folder else None
-        (tune if alone else train).report(metrics | {"device": name}, checkpoint=checkpoint)
+        (tune if alone else train).report(metrics | {"device": name, "workers": world}, checkpoint=checkpoint)
 
     last = tune.get_checkpoint() if alone else train.get_checkpoint()
     if last is None and spec["resume"]:
         last = train.Checkpoint(spec["resume"])
-    with last.as_directory() if last else nullcontext() as folder:
+    count = share.training.count()
+    with (
+        last.as_directory() if last else nullcontext() as folder,
+        stream.EpochStreams(start, epochs=config.epochs, tiles=count) as training_batches,
+    ):
         try:
             training.fit(
                 config,
                 training_batches,
                 validation_batches,
                 report,
-                steps=math.ceil(tiles.training[rank].count() / batch_size),
+                steps=math.ceil(count / batch_size),
                 device=device,
                 resume=_intact(folder),
             )

@@ -109,9 +109,10 @@ def main(
         typer.Option(help="Data-parallel workers of a trial. Default: 1.", rich_help_panel=MACHINES),
     ] = None,
     gpus_per_trial: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="GPUs of each worker: 0, 0.25, 0.5, 1 ... Default: 1 where there are any.",
+            help="GPUs of each worker: 0, 0.25, 0.5, 1 ...; auto measures how many trials share one best. "
+            "Default: 1 where there are any.",
             rich_help_panel=MACHINES,
         ),
     ] = None,

@@ -16,7 +16,7 @@ from saltray import bundle, checkpoint, dataset, demo, search, splitting, stream
 from saltray.config import SearchConfig
 from saltray.plan import Plan
 from saltray.space import Space
-from saltray.study import Counts, Place, best_trial, count, create_study, load_study, score
+from saltray.study import Counts, Place, best_trial, count, create_study, epochs_of, load_study, score
 from saltray.trial import Tiles, WorkerResources
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -193,8 +193,9 @@ def test_time_budget_cuts_trials_off_and_they_go_on_later(
 
 
 def test_two_workers_agree_with_one_and_leave_nothing_behind(tiles: Tiles, tmp_path: Path) -> None:
-    two = Tiles.share(tiles.training[0], tiles.validation[0], 2)
-    assert sum(v.count() for v in two.validation) == tiles.validation[0].count()
+    two = Tiles.share(*tiles.shares[1][0], 2)
+    whole = tiles.shares[1][0].validation
+    assert sum(share.validation.count() for share in two.shares[2]) == whole.count()
     study = run_search(tmp_path, two, Plan(1, WorkerResources(2, 1, 0)), trials=1, epochs=2)
     best = best_trial(study)
     assert count(study).complete == 1
@@ -205,11 +206,20 @@ def test_two_workers_agree_with_one_and_leave_nothing_behind(tiles: Tiles, tmp_p
 
     alone = training.evaluate(
         checkpoint.load_model(folder),
-        stream.plain_stream(tiles.validation[0], batch_size=4),
+        stream.plain_stream(whole, batch_size=4),
         torch.device("cpu"),
         None,
     )
     assert alone[0] == pytest.approx(score(best), abs=1e-9)
+    assert wait_for(lambda: not leaked_groups(), 30)
+
+
+def test_elastic_workers_are_as_many_as_there_is_room_for(tiles: Tiles, tmp_path: Path) -> None:
+    resources = WorkerResources(4, 1, 0).for_refits()
+    four = Tiles.share(*tiles.shares[1][0], 4, elastic=True)
+    study = run_search(tmp_path, four, Plan(1, resources), trials=1, epochs=2)
+    assert count(study).complete == 1
+    assert [row["workers"] for row in epochs_of(study.trials[0])] == [2, 2]
     assert wait_for(lambda: not leaked_groups(), 30)
 
 
@@ -221,7 +231,7 @@ def test_two_workers_cut_off_leak_no_placement_group(tiles: Tiles, tmp_path: Pat
             if result["epoch"] == 2:
                 signal.raise_signal(signal.SIGINT)  # Ctrl-C: the trial is killed in mid-training
 
-    two = Tiles.share(tiles.training[0], tiles.validation[0], 2)
+    two = Tiles.share(*tiles.shares[1][0], 2)
     chosen = Plan(1, WorkerResources(2, 1, 0))
     study = run_search(tmp_path, two, chosen, trials=1, epochs=1000, callbacks=[Interrupter()])
     assert count(study).waiting == 1

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +30,7 @@ from saltray.dataset import (
     read_train,
     refuse,
 )
-from saltray.stream import epoch_stream, plain_stream
+from saltray.stream import EpochStreams, epoch_stream, plain_stream
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -302,6 +304,27 @@ def test_epoch_follows_seed_and_epoch_alone(tiles: Tiles) -> None:
         assert flips != reference, "other flips"
     assert recognise(tiles, stream(tiles, batch_size=50)) == reference, "flips do not depend on the batch"
     assert same(first, stream(tiles)), "nothing that came between has left a trace"
+
+
+def test_epochs_that_start_ahead_are_the_same_and_end_with_the_trial(tiles: Tiles) -> None:
+    def start(epoch: int) -> Iterator[dict[str, torch.Tensor]]:
+        return epoch_stream(
+            tiles.decoded, AugmentConfig(), seed=7, epoch=epoch, batch_size=8, cpus_per_task=0.1
+        )
+
+    before = executors()
+    with EpochStreams(start, epochs=9, tiles=TRAIN) as streams:
+        assert same(list(streams(1)), list(start(1)))
+        assert same(list(streams(2)), list(start(2)))
+    deadline = time.monotonic() + 30
+    while executors() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not executors() - before, "an early stop leaves no stream running"
+
+
+def executors() -> set[threading.Thread]:
+    """Return the threads that Ray Data runs streams in."""
+    return {thread for thread in threading.enumerate() if "StreamingExecutor" in thread.name}
 
 
 @pytest.mark.parametrize(("flip", "expected"), [(0.0, False), (1.0, True)])

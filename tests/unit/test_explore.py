@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saltray import demo, explore, survey
+from saltray import data_page, demo, explore, survey
 from saltray.cli import run_program
 from saltray.config import UserError
 
@@ -105,19 +105,19 @@ def test_a_set_without_salt_and_without_test_tiles_is_reported_too(
 
 def test_pictures_are_spread_over_their_class_and_tiny_masks_framed(pristine: Path) -> None:
     members = np.arange(100, 200)
-    assert list(explore._spread(members, 3)) == [100, 150, 199]
-    assert list(explore._spread(members[:2], 3)) == [100, 101]
+    assert list(data_page._spread(members, 3)) == [100, 150, 199]
+    assert list(data_page._spread(members[:2], 3)) == [100, 101]
     data = survey.read(str(pristine), 0)
     masks = np.zeros_like(data.masks)
     masks[0, 0, 0] = masks[1, 50, 100] = 1
     frame = data.labelled.assign(pixels=masks.sum(axis=(1, 2)), coverage=masks.mean(axis=(1, 2)))
     tiny = data._replace(labelled=frame, masks=masks)
     for i in (0, 1):
-        picture = explore._picture(tiny, i)
+        picture = data_page._picture(tiny, i)
         assert picture.text == f"{data.labelled['id'][i]}\n1 px · z {data.labelled['z'][i]:.0f}"
         orange = (np.asarray(picture.image) == (255, 150, 0)).all(axis=2)
         assert orange.any(axis=0).sum() > 10  # a frame inside the tile, at its corner as well
-    assert explore._picture(tiny, 2).text.split("\n")[1].startswith("empty")
+    assert data_page._picture(tiny, 2).text.split("\n")[1].startswith("empty")
 
 
 def test_refusal_comes_before_the_data_are_read(tmp_path: Path) -> None:

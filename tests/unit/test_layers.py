@@ -1,4 +1,6 @@
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,7 @@ LAYERS = [
     ["study"],
     ["engine"],
     ["plan"],
+    ["packing"],
     ["search"],
     ["submission"],
     ["validation"],
@@ -38,6 +41,7 @@ LAYERS = [
     ["cli"],
     ["page"],
     ["survey"],
+    ["data_page"],
     ["demo"],
     ["trial_figures"],
     ["tile_figures"],
@@ -134,3 +138,10 @@ def test_spaces_and_tests_are_never_imported(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_no_module_is_too_long(name: str) -> None:
     assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 500
+
+
+def test_decoding_and_augmentation_load_no_torch() -> None:
+    # Ray Data's processes import these; PyTorch would cost each a second and 200 MB.
+    code = "import saltray.dataset, saltray.augment, sys; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "False"

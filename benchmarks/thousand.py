@@ -1,0 +1,142 @@
+"""A thousand trials that train nothing: what the search itself costs; and a suggestion, as trials grow.
+
+Every trial sleeps, reports its epochs with a checkpoint of one small file, and ends, so that the CPUs are the
+driver's. Ideal: trials x seconds of a trial / trials side by side; everything above it (suggestion, start,
+results, study, checkpoint) is overhead. These trials take half a second, so that the row takes minutes, and
+keep the driver busier than any real search would. So the overhead of one, as it is here, is counted against
+a minute: less than any trial on real tiles takes (`README.md`).
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.trial import TrialState, create_trial
+from ray import tune
+
+from benchmarks.rows import Row, at_most, median, seconds
+from benchmarks.searches import run_here
+from saltray import run, search
+from saltray.config import SearchConfig
+from saltray.plan import Plan
+from saltray.search import StudySearch
+from saltray.space import Space
+from saltray.study import Place, create_study
+
+TRIALS, SIDE_BY_SIDE = 1000, 4
+EPOCHS, EPOCH_SECONDS = 2, 0.25
+REALISTIC = 60.0
+"""Seconds of a short real trial."""
+SIZES = (10, 100, 300, 1000)
+SUGGESTIONS = 7
+
+
+class Share(NamedTuple):
+    """`saltray.trial.WorkerResources` without torch behind it."""
+
+    workers: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    def training(self) -> dict[str, float]:
+        """Return what a trial asks of Ray."""
+        return {"CPU": 0.9}
+
+
+def space(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+    """Draw five parameters, one of them conditional."""
+    architecture = trial.suggest_categorical("architecture", ["unet", "resunet"])
+    model: dict[str, Any] = {
+        "architecture": architecture,
+        "filters": trial.suggest_int("filters", 8, 32),
+        "dropout": trial.suggest_float("dropout", 0.0, 0.6),
+    }
+    if architecture == "resunet":
+        model["residual_blocks"] = trial.suggest_int("residual_blocks", 1, 3)
+    return {"model": model, "optim": {"learning_rate": trial.suggest_float("rate", 1e-4, 1e-1, log=True)}}
+
+
+def sleeping_trial(spec: dict[str, Any], **_: Any) -> None:
+    """Sleep and report, once an epoch."""
+    epochs = spec["config"]["epochs"]
+    for epoch in range(1, epochs + 1):
+        time.sleep(EPOCH_SECONDS)
+        score = spec["config"]["model"]["dropout"]
+        speed = {"seconds": EPOCH_SECONDS + epoch / 1e3, "tiles_per_second": 1.0}
+        row = {"epoch": epoch, "map": score, "best_map": score, "loss": 1.0, "learning_rate": 1e-3}
+        more = {"validation_tiles_per_second": 1.0, "parameters": 1, "device": "none"}
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "metrics.json").write_text("{}")
+            checkpoint = tune.Checkpoint.from_directory(folder)
+            tune.report(row | speed | more | {"finished": epoch == epochs}, checkpoint=checkpoint)
+
+
+def measure() -> list[Row]:
+    """Measure the search, and the suggestions."""
+    return [overhead(TRIALS), *suggestions()]
+
+
+def overhead(trials: int) -> Row:
+    """Run the trials through saltray's own search."""
+    setattr(search, "run_trial", sleeping_trial)  # noqa: B010
+    run.connect(None, cpus=SIDE_BY_SIDE)
+    chosen, config = Plan(SIDE_BY_SIDE, Share()), SearchConfig(trials=trials, epochs=EPOCHS, scheduler="none")  # type: ignore[arg-type]
+    first = SearchConfig(trials=2 * SIDE_BY_SIDE, epochs=1, scheduler="none")
+    start = seconds(lambda: run_here(space, None, chosen, first))
+    taken = seconds(lambda: run_here(space, None, chosen, config))
+    run.disconnect()
+    length = EPOCHS * EPOCH_SECONDS
+    ideal = trials * length / SIDE_BY_SIDE
+    each = (taken - ideal) * SIDE_BY_SIDE / trials
+    note = (
+        f"{each:.2f} s a trial, counted against {REALISTIC:g} s; {taken:.0f} s where {ideal:.0f} are ideal: "
+        f"trials of {length:g} s, {SIDE_BY_SIDE} side by side, two reports and checkpoints each"
+    )
+    details = {"seconds": taken, "ideal": ideal, "first searches": start}
+    what = f"{trials:,} trials: overhead over the ideal time"
+    return Row(what, 100 * each / REALISTIC, "%", at_most(10), None, note, details)
+
+
+def suggestions() -> list[Row]:
+    """Time `StudySearch.suggest` on studies of growing size."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rows = []
+    for size in SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            study = create_study(Place(Path(folder)))
+            _fill(study, size)
+            config = SearchConfig(trials=10 * size, epochs=50)
+            source = Space(space, None, Path("benchmark"))
+            searcher = StudySearch(source, study, config, parallel=True, resources=Share())  # type: ignore[arg-type]
+            times = []
+            for i in range(SUGGESTIONS):
+                started = time.perf_counter()
+                searcher.suggest(f"t{i}")
+                times.append(1e3 * (time.perf_counter() - started))
+        rows.append(median(f"one TPE suggestion after {size:,} trials", times[1:], "ms", None))
+    return rows
+
+
+def _fill(study: optuna.Study, size: int) -> None:
+    """Add ended trials, with the rows that a search writes of 50 epochs."""
+    drawn = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    trials = []
+    for _ in range(size):
+        trial = drawn.ask()
+        space(trial)
+        score = trial.params["dropout"]
+        epoch: dict[str, Any] = dict.fromkeys(search.COLUMNS, 1.0)
+        epoch |= {"host": "h", "ended": "2026-01-01T00:00:00+00:00"}
+        trials.append(
+            create_trial(
+                state=TrialState.COMPLETE,
+                value=score,
+                params=trial.params,
+                distributions=trial.distributions,
+                intermediate_values={50: score},
+                user_attrs={"epochs": [epoch | {"epoch": e} for e in range(1, 51)]},
+            )
+        )
+    study.add_trials(trials)

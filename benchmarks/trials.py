@@ -1,0 +1,52 @@
+"""The fixed cost of a one-worker trial: start, stream, checkpoint, result; all but the training itself."""
+
+import statistics
+from itertools import pairwise
+from typing import Any
+
+import optuna
+import torch
+
+from benchmarks.peers import PlainLoop, synthetic
+from benchmarks.rows import Row, at_most, median, seconds
+from benchmarks.searches import Clock, plan_here, run_here, share
+from saltray import run
+from saltray.config import SearchConfig, TrialConfig
+
+TRAINING, VALIDATION = 64, 32
+TRIALS = 12
+SETTLE = 2
+"""Trials before the counted ones: the first starts the actor."""
+
+
+def space(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+    """Draw a network of a few weights."""
+    rate = trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+    model = {"filters": 1, "levels": 1, "dropout": 0.0}
+    return {"model": model, "optim": {"learning_rate": rate}, "batch_size": 32}
+
+
+def measure() -> list[Row]:
+    """Run trials one after another; subtract what the plain loop needs for the same training."""
+    tiles = synthetic(TRAINING + VALIDATION)
+    training, validation = tiles.part(0, TRAINING), tiles.part(TRAINING, len(tiles))
+    torch.set_num_threads(1)
+
+    def plain() -> None:
+        config = optuna.trial.FixedTrial({"learning_rate": 1e-3})
+        PlainLoop(TrialConfig.from_dict(space(config)), training, validation).epoch()
+
+    pure = statistics.median(seconds(plain) for _ in range(5))
+    run.connect(None, cpus=2)
+    clock = Clock()
+    config = SearchConfig(trials=TRIALS, epochs=1, scheduler="none")
+    # One at a time. One thread: on networks this small a second one only waits.
+    run_here(space, share(training, validation), plan_here(1, cpus=1), config, callbacks=[clock])
+    run.disconnect()
+    whole = [later - earlier for earlier, later in pairwise(clock.ended)][SETTLE:]
+    costs = [taken - pure for taken in whole]
+    note = (
+        f"a trial of one epoch of {TRAINING} tiles, {statistics.median(whole):.2f} s, less what the plain "
+        f"loop needs for the same, {pure:.2f} s"
+    )
+    return [median("fixed cost of a one-worker trial", costs, "s", at_most(1.0), note, training=pure)]

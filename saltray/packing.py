@@ -1,0 +1,116 @@
+"""How many trials share a GPU best: small networks leave most of one idle."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from saltray.config import TILE, TrialConfig
+from saltray.plan import PlanError
+from saltray.training import Learner, train_epoch
+from saltray.trial import WorkerResources
+
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Trials on one GPU that are tried, in this order."""
+
+GAIN = 1.05
+"""How many times as fast one more step in `COUNTS` must be: less is noise, and every trial takes memory."""
+
+TIMED_SECONDS = 1.0
+"""How long a network trains to be timed, after one step that is not counted."""
+
+
+def tiles_per_second(config: dict[str, Any], resources: WorkerResources) -> float:
+    """Train a network on noise for a moment, as a worker of a trial would."""
+    trial = TrialConfig.from_dict(config)
+    device = torch.device("cuda" if resources.gpus and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(max(1, round(resources.cpus)))
+    learner = Learner.new(trial, device, steps=1)
+    size = max(1, trial.batch_size // resources.workers)
+    noise = torch.randint(0, 256, (2, size, TILE, TILE), dtype=torch.uint8)
+    batch = {"image": noise[0], "mask": noise[1] > 127, "z": torch.full((size,), 500.0)}
+
+    def step() -> None:
+        train_epoch(learner, learner.model, [batch], epoch=1, history=[])
+
+    step()
+    steps, started = 0, time.perf_counter()
+    while time.perf_counter() - started < TIMED_SECONDS:
+        step()
+        steps += 1
+    return steps * size / (time.perf_counter() - started)
+
+
+def gpu_share(config: TrialConfig, nodes: Sequence[Mapping[str, float]], cpus: float = 1.0) -> float:
+    """Measure which share of a GPU, 1/n, gives the most tiles a second of n trials together.
+
+    Args:
+        config: of the trials that are timed.
+        nodes: `CPU` and `GPU` counts of each live machine.
+        cpus: of each trial.
+
+    Raises:
+        PlanError: there is no GPU, or none with the CPUs for one trial.
+    """
+    most = most_side_by_side(nodes, cpus)
+    return 1 / best_count(lambda count: together(config.to_dict(), count, cpus), most)
+
+
+def most_side_by_side(nodes: Sequence[Mapping[str, float]], cpus: float = 1.0) -> int:
+    """Return how many trials a GPU can have at most, by the CPUs of the machine that has fewest for each.
+
+    Raises:
+        PlanError: there is no GPU, or none with the CPUs for one trial.
+    """
+    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if not with_gpu:
+        raise PlanError("--gpus-per-trial auto: measures how many trials share a GPU; the cluster has none")
+    most = min(int(node.get("CPU", 0) / node["GPU"] / cpus + 1e-9) for node in with_gpu)
+    if most < 1:
+        raise PlanError(f"--gpus-per-trial auto: a machine has fewer than {cpus:g} CPUs for each GPU")
+    return most
+
+
+def best_count(rate: Callable[[int], float], most: int) -> int:
+    """Return the number of trials with the highest rate together; stops where more no longer helps.
+
+    Args:
+        rate: number of trials -> tiles a second of all of them; 0 where they do not fit.
+        most: trials at most.
+    """
+    best, highest = 1, rate(1)
+    for count in COUNTS[1:]:
+        if count > most:
+            break
+        together = rate(count)
+        if together < GAIN * highest:
+            break
+        best, highest = count, together
+    return best
+
+
+def together(config: dict[str, Any], count: int, cpus: float = 1.0) -> float:
+    """Train so many networks at once on one GPU; return their tiles a second, 0 if they do not fit."""
+    resources = WorkerResources(1, cpus, 1 / count)
+    share = resources.training()
+    # Actors: Ray starts a process anew for each task on a GPU, and the start would be timed.
+    timed: Any = ray.remote(_Timed).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0.0))
+    workers = [timed.remote(config, resources) for _ in range(count)]
+    try:
+        ray.get([worker.rate.remote() for worker in workers])  # until all are up, they do not share it
+        return float(sum(ray.get([worker.rate.remote() for worker in workers])))
+    except torch.cuda.OutOfMemoryError:
+        return 0.0
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+
+
+class _Timed:
+    def __init__(self, config: dict[str, Any], resources: WorkerResources) -> None:
+        self._config, self._resources = config, resources
+
+    def rate(self) -> float:
+        return tiles_per_second(self._config, self._resources)
