@@ -114,7 +114,8 @@ def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources,
     TorchTrainer(
         worker,
         scaling_config=train.ScalingConfig(
-            num_workers=(1, resources.workers) if resources.elastic else resources.workers,
+            # A pair makes it elastic, which Ray's annotation does not know yet.
+            num_workers=(1, resources.workers) if resources.elastic else resources.workers,  # type: ignore[arg-type]
             use_gpu=resources.gpus > 0,
             resources_per_worker=resources.training(),
         ),
