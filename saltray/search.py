@@ -26,6 +26,7 @@ from saltray.space import Space
 from saltray.storage import located, names
 from saltray.study import (
     checkpoint_of,
+    checkpoints_of,
     count,
     ended_without_gain,
     epochs_of,
@@ -158,7 +159,7 @@ class StudySearch(Searcher):
                 self.record_failure(trial_id, reason)
                 continue
             self._epochs[trial_id] = epochs_of(trial)
-            return {"number": trial.number, "config": drawn.to_dict(), "resume": checkpoint_of(trial)}
+            return {"number": trial.number, "config": drawn.to_dict(), "resume": checkpoints_of(trial)}
         raise SearchError(f"{BAD_DRAWS} draws in a row failed, the last with {reason}")
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -193,9 +194,14 @@ class StudySearch(Searcher):
             self.record_checkpoint(trial_id, result["checkpoint_path"])
 
     def record_checkpoint(self, trial_id: str, path: str) -> None:
-        """Record where a trial's newest checkpoint lies."""
-        if trial_id not in self._completed:
-            self._trials[trial_id].set_user_attr("checkpoint", located(self._trials_at, path))
+        """Record where a trial's newest checkpoint lies, and the one before it, which is kept as well."""
+        if trial_id in self._completed:
+            return
+        trial, place = self._trials[trial_id], located(self._trials_at, path)
+        before = trial.user_attrs.get("checkpoint")
+        if before is not None and before != place:
+            trial.set_user_attr("checkpoint_before", before)
+        trial.set_user_attr("checkpoint", place)
 
     def record_failure(self, trial_id: str, reason: str) -> None:
         """Record that a trial failed, and why."""
@@ -353,7 +359,7 @@ def run_search(
             log_to_file=True,
             callbacks=[Recorder(searcher), *callbacks],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            # Two: the study may still name the one before the newest.
+            # Two: the study may still name the one before the newest, and the newest may be damaged.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         ),
     )

@@ -2,8 +2,8 @@
 
 By default it is `study.db` (SQLite) in the run's folder; a team may keep its studies in one PostgreSQL
 server. Trials carry user attributes: `epochs` (a row for each epoch that was done, redone ones twice),
-`checkpoint`, `hardware`, `seconds`, `host`, `outcome`, and for failed ones `reason`. A trial taken over from
-another run carries `adopted`, and counts neither as this run's nor as its best.
+`checkpoint` and `checkpoint_before`, `hardware`, `seconds`, `host`, `outcome`, and for failed ones `reason`.
+A trial taken over from another run carries `adopted`, and counts neither as this run's nor as its best.
 """
 
 import sqlite3
@@ -279,9 +279,18 @@ def ended_without_gain(study: optuna.Study) -> int:
 def checkpoint_of(trial: FrozenTrial | optuna.Trial) -> str | None:
     """Return where a trial's newest checkpoint lies; None where there is none, or no longer."""
     path: str | None = trial.user_attrs.get("checkpoint")
-    if path is None or "://" in path:
-        return path
-    return path if Path(path).is_dir() else None
+    return path if path is not None and _is_there(path) else None
+
+
+def checkpoints_of(trial: FrozenTrial | optuna.Trial) -> list[str]:
+    """Return where a trial's checkpoints lie that are still there, the newest first."""
+    known = (trial.user_attrs.get(name) for name in ("checkpoint", "checkpoint_before"))
+    return [path for path in known if path is not None and _is_there(path)]
+
+
+def _is_there(path: str) -> bool:
+    """Tell whether a checkpoint is still there; of a URI that is not asked."""
+    return "://" in path or Path(path).is_dir()
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial:

@@ -8,7 +8,7 @@ import math
 import platform
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -98,7 +98,8 @@ def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources,
     """Run one trial to its end; Tune's function trainable.
 
     Args:
-        spec: `config` (nested dict of a TrialConfig), `number`, and `resume` (a checkpoint's path or None).
+        spec: `config` (nested dict of a TrialConfig), `number`, and `resume` (checkpoints to go on
+            from, the newest first; paths or URIs).
         tiles: shared by all trials.
         resources: of each worker.
         storage: folder or URI below which the checkpoints of several workers go.
@@ -113,7 +114,8 @@ def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources,
     TorchTrainer(
         worker,
         scaling_config=train.ScalingConfig(
-            num_workers=(1, resources.workers) if resources.elastic else resources.workers,
+            # A pair makes it elastic, which Ray's annotation does not know yet.
+            num_workers=(1, resources.workers) if resources.elastic else resources.workers,  # type: ignore[arg-type]
             use_gpu=resources.gpus > 0,
             resources_per_worker=resources.training(),
         ),
@@ -129,16 +131,21 @@ def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources,
     ).fit()
 
 
-def _intact(folder: str | None) -> Path | None:
-    """Return a checkpoint that can be gone on from; without one, the trial starts at its first epoch."""
-    if folder is None:
-        return None
-    try:
-        checkpoint.check(Path(folder))
-    except checkpoint.CheckpointError as error:
-        print(f"starting again from the first epoch: {error}", file=sys.stderr)
-        return None
-    return Path(folder)
+def _first_intact(checkpoints: Iterable[train.Checkpoint], stack: ExitStack) -> Path | None:
+    """Return the first that is whole, in a folder that stays until the stack ends.
+
+    A machine that dies while it writes may leave half a checkpoint. Without a whole one, the trial starts at
+    its first epoch.
+    """
+    for place in checkpoints:
+        try:
+            folder = Path(stack.enter_context(place.as_directory()))
+            checkpoint.check(folder)
+        except (checkpoint.CheckpointError, OSError) as error:
+            print(f"not going on from {place.path}: {error}", file=sys.stderr)
+        else:
+            return folder
+    return None
 
 
 def _device(resources: WorkerResources) -> torch.device:
@@ -194,11 +201,10 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
         (tune if alone else train).report(metrics | {"device": name, "workers": world}, checkpoint=checkpoint)
 
     last = tune.get_checkpoint() if alone else train.get_checkpoint()
-    if last is None and spec["resume"]:
-        last = train.Checkpoint(spec["resume"])
+    known = ([last] if last else []) + [train.Checkpoint(place) for place in spec["resume"]]
     count = share.training.count()
     with (
-        last.as_directory() if last else nullcontext() as folder,
+        ExitStack() as stack,
         stream.EpochStreams(start, epochs=config.epochs, tiles=count) as training_batches,
     ):
         try:
@@ -209,7 +215,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
                 report,
                 steps=math.ceil(count / batch_size),
                 device=device,
-                resume=_intact(folder),
+                resume=_first_intact(known, stack),
             )
         except training.Diverged as error:
             # A result, not a crash: to start it again would end the same way.

@@ -192,6 +192,31 @@ def test_time_budget_cuts_trials_off_and_they_go_on_later(
     assert reported_epochs(study) == 2 * [[1, 2, 3, 4]]
 
 
+def test_a_damaged_checkpoint_costs_one_epoch(tiles: Tiles, tmp_path: Path) -> None:
+    class Interrupter(tune.Callback):
+        def __init__(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+        ) -> None:
+            if result["epoch"] == self.epoch:
+                signal.raise_signal(signal.SIGINT)
+
+    study = run_search(tmp_path, tiles, trials=1, epochs=1000, callbacks=[Interrupter(4)])
+    trial = study.trials[0]
+    newest = Path(trial.user_attrs["checkpoint"])
+    assert newest != Path(trial.user_attrs["checkpoint_before"])
+    last = len(checkpoint.load_metrics(newest)["history"])
+    file = newest / checkpoint.TRAINING
+    file.write_bytes(file.read_bytes()[:1000])
+    study = run_search(tmp_path, tiles, trials=1, epochs=1000, callbacks=[Interrupter(last + 1)])
+    epochs = [row["epoch"] for row in epochs_of(study.trials[0])]
+    again = epochs.index(last, epochs.index(last) + 1)
+    assert epochs[again:][:2] == [last, last + 1]
+    assert epochs[:again] == list(range(1, again + 1))
+
+
 def test_two_workers_agree_with_one_and_leave_nothing_behind(tiles: Tiles, tmp_path: Path) -> None:
     two = Tiles.share(*tiles.shares[1][0], 2)
     whole = tiles.shares[1][0].validation

@@ -112,12 +112,15 @@ def test_a_trial_cut_off_goes_on_with_its_parameters_and_checkpoint(folder: Path
     before = open_search(folder)
     first = before.suggest("a")
     before.on_trial_result("a", result(1, 0.3))
-    before.record_checkpoint("a", str(folder))
+    for name in ("gone", "one", "two", "two"):  # Tune tells of a checkpoint twice
+        if name != "gone":
+            (folder / name).mkdir(exist_ok=True)
+        before.record_checkpoint("a", str(folder / name))
     del before
     after = open_search(folder)
     requeue(after.study)
     again = after.suggest("x")
-    assert again == {**first, "resume": str(folder)}
+    assert again == {**first, "resume": [str(folder / "two"), str(folder / "one")]}
     assert after.suggest("y")["number"] == 1
     after.on_trial_result("x", result(2, 0.5))
     assert after.study.trials[0].intermediate_values == {1: 0.3, 2: 0.5}
@@ -166,7 +169,7 @@ def test_a_checkpoint_that_is_gone_is_not_named(folder: Path) -> None:
     with pytest.raises(StudyError, match="no trial"):
         best_trial(searcher.study)
     requeue(searcher.study)
-    assert open_search(folder).suggest("x")["resume"] is None
+    assert open_search(folder).suggest("x")["resume"] == []
 
 
 def test_a_bad_draw_fails_its_trial_and_the_next_is_asked(folder: Path) -> None:
