@@ -22,7 +22,7 @@ import torch
 import typer
 
 from benchmarks import techniques
-from saltray import checkpoint, dataset, inference, metrics, run, splitting, stream, training
+from saltray import dataset, inference, metrics, run, splitting, stream, training
 from saltray.augment import Batch
 from saltray.cli import run_program
 from saltray.config import TrialConfig, UserError
@@ -76,8 +76,7 @@ def cross_chosen(folder: Path, tiles: ray.data.Dataset) -> Run:
         `plain`, the mAP at probability 0.5; `threshold`, with the threshold alone chosen; `mirrored`, also
         with the mean of both views; `chosen`, with the least area too, and mirrored only where it helped.
     """
-    weights, config = checkpoint.load_weights(folder), checkpoint.load_config(folder).to_dict()
-    calibrator = inference.Calibrator(config, weights, torch.get_num_threads())
+    calibrator = inference.Calibrator(inference.load_models(folder), torch.get_num_threads())
     batches = tiles.iter_batches(batch_size=EVALUATION_BATCH)
     parts = [calibrator(cast(Batch, batch)) for batch in batches]
     counts = [np.concatenate([p[name] for p in parts]) for name in ("intersection", "union", "truth")]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from saltray.config import AugmentConfig
+from saltray.config import IGNORED, AugmentConfig
 
 # Decoding and augmentation run in processes of Ray Data's, which start a second sooner without PyTorch.
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def augment(batch: Batch, config: AugmentConfig, seed: int, epoch: int) -> Batch
     """Return the batch with its tiles changed at random; the input is left as it is.
 
     Args:
-        batch: `row` int64 (tiles,), `image` uint8 and `mask` uint8 in {0, 1}, both (tiles, height, width),
-            and any other columns.
+        batch: `row` int64 (tiles,), `image` uint8 and `mask` uint8 in {0, 1, IGNORED}, both (tiles, height,
+            width), and any other columns.
         config: the probabilities and sizes.
         seed: the trial's seed.
         epoch: counted from 1.
@@ -95,15 +95,20 @@ def _flip(tiles: npt.NDArray[np.uint8], which: npt.NDArray[np.bool_]) -> npt.NDA
 def _move(
     image: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], config: AugmentConfig, draws: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Shift and scale one tile (height, width) by three numbers in [0, 1), interpolated linearly."""
+    """Shift and scale one tile (height, width) by three numbers in [0, 1), interpolated linearly.
+
+    An ignored pixel of the mask goes where it is the nearest one.
+    """
     zoom = 1 + config.scale * _centred(draws[0])
     axes = []
     for size, draw in zip(image.shape, draws[1:], strict=True):
         middle = (size - 1) / 2
         source = middle + zoom * (np.arange(size) - middle) + config.shift * size * _centred(draw)
         axes.append(_neighbours(source, size))
-    moved = _sample(image, axes), _sample(mask, axes)
-    return np.rint(moved[0]).astype(np.uint8), (moved[1] >= 0.5).astype(np.uint8)
+    # IGNORED is 2: it has not the bit of salt.
+    pixels, salt = _sample(image, axes), _sample(mask & np.uint8(1), axes)
+    moved = np.where(_nearest(mask, axes) == IGNORED, IGNORED, salt >= 0.5)
+    return np.rint(pixels).astype(np.uint8), moved.astype(np.uint8)
 
 
 _Axis = tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]
@@ -130,6 +135,12 @@ def _sample(tile: npt.NDArray[np.uint8], axes: list[_Axis]) -> npt.NDArray[np.fl
     first = rows[:, left]
     first += (rows[:, right] - first) * along
     return first
+
+
+def _nearest(tile: npt.NDArray[np.uint8], axes: list[_Axis]) -> npt.NDArray[np.uint8]:
+    """Take the nearest pixel of a tile (height, width) at a grid of places."""
+    down, along = (np.where(weight < 0.5, first, second) for first, second, weight in axes)
+    return tile[down][:, along]
 
 
 def _tone_table(config: AugmentConfig, draws: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

@@ -42,16 +42,22 @@ def stage(folder: Path, checkpoint_path: str) -> Path:
     Returns:
         `best.new/`.
     """
-    fresh, best, old = (folder / name for name in ("best.new", "best", "best.old"))
-    if old.exists() and not best.exists():
-        old.rename(best)  # an earlier session was cut off inside `publish`
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    fresh = begin(folder, "best")
     with Checkpoint(checkpoint_path).as_directory() as name:
         source = Path(name)
         weights, config = checkpoint.load_weights(source), checkpoint.load_config(source)
         snapshots = checkpoint.load_snapshots(source)
         checkpoint.save(fresh, weights, config, checkpoint.load_metrics(source), snapshots=snapshots)
+    return fresh
+
+
+def begin(folder: Path, name: str) -> Path:
+    """Make an empty `NAME.new/`; where a session was cut off inside `publish`, put the older bundle back."""
+    fresh, place, old = (folder / f"{name}{end}" for end in (".new", "", ".old"))
+    if old.exists() and not place.exists():
+        old.rename(place)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
     return fresh
 
 
@@ -73,14 +79,14 @@ def add_metrics(bundle: Path, facts: dict[str, Any]) -> None:
 
 
 def publish(fresh: Path) -> Path:
-    """Make `best.new/` the run's `best/`; an earlier one goes when the new one is in its place."""
-    best, old = fresh.with_name("best"), fresh.with_name("best.old")
-    if best.exists():
+    """Make `NAME.new/` the run's `NAME/`; an earlier one goes when the new one is in its place."""
+    place, old = fresh.with_suffix(""), fresh.with_suffix(".old")
+    if place.exists():
         shutil.rmtree(old, ignore_errors=True)
-        best.rename(old)
-    fresh.rename(best)
+        place.rename(old)
+    fresh.rename(place)
     shutil.rmtree(old, ignore_errors=True)
-    return best
+    return place
 
 
 def export_onnx(bundle: Path) -> None:
@@ -155,7 +161,7 @@ def write_card(bundle: Path) -> None:
         seed=settings["seed"],
         **_SPLIT[settings.get("split", "coverage")],
         threshold=chosen.threshold,
-        also="".join(f", {words}" for words in _also(chosen)),
+        also="".join(f", {words}" for words in also(chosen)),
         trial=metrics["trial"],
         epoch=metrics["best_epoch"],
         plain_score=metrics["best_map"],
@@ -177,7 +183,7 @@ def write_card(bundle: Path) -> None:
     (bundle / CARD).write_text(text)
 
 
-def _also(chosen: Postprocessing) -> list[str]:
+def also(chosen: Postprocessing) -> list[str]:
     """Write in words what else is done to a prediction."""
     return ["mean with the mirrored tile's prediction"] * chosen.tta + [
         f"masks below {chosen.min_area} pixels emptied"

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 TILE = 101
 """Height and width of a tile, in pixels."""
 
+IGNORED = 2
+"""In a training mask: a pixel of which nothing is known, beside 0 (no salt) and 1 (salt)."""
+
 
 DISK_FULL = "Make room, then go on with the run: --resume"
 """What to do when a run's disk is full."""
@@ -201,6 +204,9 @@ class TrialConfig(_Frozen):
     patience: Annotated[int, Field(ge=1)] = 10
     """Epochs without a better validation mAP before the trial stops early. Leave it large under a cosine or
     one-cycle schedule, whose gain comes at its end."""
+    keep: Literal["best", "last"] = "best"
+    """Which epoch's weights are kept: those of the best validation mAP, or the last, which no validation tile
+    has chosen."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` takes bfloat16 autocast on GPUs that have it, float32 elsewhere."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -29,6 +29,8 @@ class Findings(NamedTuple):
     """The metrics of `best/`; empty before the first prediction."""
     config: dict[str, Any]
     """The configuration of `best/`, likewise."""
+    ensemble: dict[str, Any]
+    """The metrics of `ensemble/`; empty where there is none."""
     table: pd.DataFrame | None
     gallery: validation.Gallery | None
 
@@ -47,7 +49,7 @@ def read(folder: Path, *, url: str | None = None, study: optuna.Study | None = N
     content = run.read(folder)
     settings = run.Settings.model_validate(content["settings"])
     study = study or load_study(Place(folder, url or settings.study, settings.study_name))
-    trials, best = own_trials(study), folder / "best"
+    trials, best, ensemble = own_trials(study), folder / "best", folder / "ensemble"
     return Findings(
         name=folder.resolve().name,
         settings=settings,
@@ -57,6 +59,7 @@ def read(folder: Path, *, url: str | None = None, study: optuna.Study | None = N
         adopted=len(study.get_trials(deepcopy=False)) - len(trials),
         best=max((t for t in trials if score(t) >= 0), key=score, default=None),
         model=checkpoint.load_metrics(best) if best.is_dir() else {},
+        ensemble=checkpoint.load_metrics(ensemble) if ensemble.is_dir() else {},
         config=checkpoint.load_config(best).to_dict() if best.is_dir() else {},
         table=validation.read_table(folder),
         gallery=validation.read_gallery(folder),

@@ -1,5 +1,6 @@
 """Batch inference on Ray Data: choose the postprocessing on validation tiles, segment the test tiles."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -12,45 +13,75 @@ import ray.data
 import torch
 from ray.data.expressions import col
 
-from saltray import checkpoint, metrics, rle, validation
+from saltray import checkpoint, members, metrics, rle, validation
 from saltray.augment import Batch
 from saltray.config import TrialConfig
 from saltray.metrics import Postprocessing
-from saltray.model import build_model
+from saltray.model import EncoderDecoder, build_model
 from saltray.training import autocast_dtype, to_input
 
 BATCH = 128
 
 
-class Predictor:
-    """One actor's model: maps a batch of tiles to logits; the subclasses say what becomes of them."""
+class Model(NamedTuple):
+    """What an actor needs of one model."""
 
-    def __init__(self, config: dict[str, Any], weights: dict[str, torch.Tensor], threads: int) -> None:
-        """Build the model on this actor's GPU, or on the CPU."""
+    config: dict[str, Any]
+    """Nested dict of a TrialConfig."""
+    weights: dict[str, torch.Tensor]
+    share: float = 1.0
+    """Its weight in the mean of all models' probabilities."""
+
+
+Models = Sequence[Model] | ray.ObjectRef[list[Model]]
+"""Models, or where they lie in the object store, for many actors to share."""
+
+
+def load_models(folder: Path) -> list[Model]:
+    """Read the models of a checkpoint or of an ensemble's folder; raises CheckpointError."""
+    return [
+        Model(checkpoint.load_config(m.folder).to_dict(), checkpoint.load_weights(m.folder), m.weight)
+        for m in members.read(folder)
+    ]
+
+
+class Predictor:
+    """One actor's models: map a batch of tiles to logits; the subclasses say what becomes of them."""
+
+    def __init__(self, models: Models, threads: int) -> None:
+        """Build the models on this actor's GPU, or on the CPU."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(threads)
-        trial = TrialConfig.from_dict(config)
-        self.amp = autocast_dtype(trial.precision, self.device)
-        model = build_model(trial.model)
-        model.load_state_dict(weights)
-        self.model = model.to(self.device).eval()
+        models = ray.get(models) if isinstance(models, ray.ObjectRef) else models
+        self.networks = [(*self._build(model), model.share) for model in models]
+
+    def _build(self, model: Model) -> tuple[EncoderDecoder, torch.dtype | None]:
+        trial = TrialConfig.from_dict(model.config)
+        network = build_model(trial.model)
+        network.load_state_dict(model.weights)
+        return network.to(self.device).eval(), autocast_dtype(trial.precision, self.device)
 
     @torch.inference_mode()
     def logits(self, batch: Batch, tta: bool = False) -> npt.NDArray[np.float32]:
         """Map `image`, uint8 (tiles, h, w), and the depth `z` to float32 logits (tiles, h, w).
 
-        Test-time augmentation takes the mean of the two views' probabilities, not of their logits: logits
-        have no bound, and one view that is very sure would overrule the other.
+        Several models, and the two views of test-time augmentation, are joined in the mean of their
+        probabilities, not of their logits: logits have no bound, and one that is very sure would overrule the
+        others.
         """
         # A copy: blocks of the object store are read-only, which torch does not know of.
         x = to_input(torch.from_numpy(batch["image"].copy()), self.device)
         depth = torch.from_numpy(batch["z"].copy()).to(self.device)
-        with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-            y = self.model(x, depth).float()
-            if tta:
-                mirrored = self.model(x.flip(3), depth).float().flip(2)
-                y = torch.logit((y.sigmoid() + mirrored.sigmoid()) / 2, eps=1e-6)
+        views = []
+        for network, amp, share in self.networks:
+            with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
+                views.append((network(x, depth).float(), share / (1 + tta)))
+                if tta:
+                    views.append((network(x.flip(3), depth).float().flip(2), share / 2))
+        y = views[0][0]
+        if len(views) > 1:
+            y = torch.logit(sum((v.sigmoid() * share for v, share in views), torch.zeros_like(y)), eps=1e-6)
         return np.asarray(y.cpu().numpy(), np.float32)
 
 
@@ -73,15 +104,9 @@ class Calibrator(Predictor):
 class Segmenter(Predictor):
     """Writes each tile's mask as run-length code."""
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        weights: dict[str, torch.Tensor],
-        threads: int,
-        postprocessing: Postprocessing,
-    ) -> None:
+    def __init__(self, models: Models, threads: int, postprocessing: Postprocessing) -> None:
         """Keep what makes masks of logits."""
-        super().__init__(config, weights, threads)
+        super().__init__(models, threads)
         self.chosen = postprocessing
         self.cut = np.float32(metrics.logit(postprocessing.threshold))
 
@@ -108,8 +133,15 @@ class Illustrator(Segmenter):
             "image": batch["image"],
             "truth": batch["mask"] > 0,
             "prediction": self.masks(logits),
-            "probability": np.rint(255 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.uint8),
+            "probability": as_bytes(logits),
         }
+
+
+def as_bytes(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Map logits to probabilities of one byte: 255 is 1."""
+    # Beyond 50 the byte has long been 0 or 255, and far beyond `exp` would overflow.
+    probability = 1 / (1 + np.exp(-logits.astype(np.float64).clip(-50, 50)))
+    return np.asarray(np.rint(255 * probability), np.uint8)
 
 
 class Calibration(NamedTuple):
@@ -124,7 +156,7 @@ class Calibration(NamedTuple):
 
 def calibrate(folder: Path, tiles: ray.data.Dataset) -> Calibration:
     """Choose what makes masks of a checkpoint's output, on validation tiles."""
-    parts = _map(Calibrator, folder, tiles, {})
+    parts = _map(Calibrator, load_models(folder), tiles, {})
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     intersection, union, truth = (columns[name] for name in ("intersection", "union", "truth"))
     chosen, scores = metrics.choose_postprocessing(intersection, union, truth)
@@ -141,7 +173,7 @@ def illustrate(
     if not group:
         return validation.no_gallery()
     few = tiles.filter(expr=col("id").is_in(list(group))).materialize()
-    parts = _map(Illustrator, folder, few, {"postprocessing": postprocessing})
+    parts = _map(Illustrator, load_models(folder), few, {"postprocessing": postprocessing})
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     place = {str(tile): i for i, tile in enumerate(columns["id"])}
     order = [place[tile] for tile in group]
@@ -156,29 +188,42 @@ def stored_postprocessing(folder: Path) -> Postprocessing:
 
 
 def segment(folder: Path, tiles: ray.data.Dataset, postprocessing: Postprocessing) -> dict[str, str]:
-    """Segment tiles with a checkpoint's model: run-length codes by id."""
+    """Segment tiles with a checkpoint's model, or with an ensemble: run-length codes by id."""
     codes: dict[str, str] = {}
-    for batch in _map(Segmenter, folder, tiles, {"postprocessing": postprocessing}):
+    for batch in _map(Segmenter, load_models(folder), tiles, {"postprocessing": postprocessing}):
         codes |= dict(zip(map(str, batch["id"]), map(str, batch["rle"]), strict=True))
     return codes
 
 
 def _map(
-    predictor: type[Predictor], folder: Path, tiles: ray.data.Dataset, more: dict[str, Any]
+    predictor: type[Predictor], models: Sequence[Model], tiles: ray.data.Dataset, more: dict[str, Any]
 ) -> list[Batch]:
-    """Map a predictor over the tiles on a pool of actors that fills the cluster; return all batches."""
+    """Map a predictor over the tiles; return all batches."""
+    mapped = map_tiles(predictor, models, tiles, more)
+    return [cast(Batch, batch) for batch in mapped.iter_batches(batch_size=None)]
+
+
+def map_tiles(
+    predictor: type, models: Sequence[Model], tiles: ray.data.Dataset, more: dict[str, Any]
+) -> ray.data.Dataset:
+    """Map a predictor over the tiles on a pool of actors that fills the cluster.
+
+    Args:
+        predictor: a class of callables, batch -> batch, made with `models`, `threads` and what is in `more`.
+        models: all in each actor; the object store holds them once a machine.
+        tiles: what to map.
+        more: further arguments.
+    """
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = int(resources.get("GPU", 0))
     actors = gpus or max(1, int(resources.get("CPU", 1)))
     # No more actors than they have batches to do.
     actors = max(1, min(actors, tiles.count() // BATCH))
-    model = {"config": checkpoint.load_config(folder).to_dict(), "weights": checkpoint.load_weights(folder)}
-    mapped = tiles.map_batches(
+    return tiles.map_batches(
         predictor,
         batch_size=BATCH,
-        fn_constructor_kwargs={**model, "threads": 1, **more},
+        fn_constructor_kwargs={"models": ray.put(models), "threads": 1, **more},
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=None if gpus else 1,
         num_gpus=1 if gpus else None,
     )
-    return [cast(Batch, batch) for batch in mapped.iter_batches(batch_size=None)]

@@ -1,4 +1,7 @@
-"""Losses: `(logits, masks) -> scalar`, both float of shape (tiles, height, width), masks in {0, 1}."""
+"""Losses: `(logits, masks) -> scalar`, both float of shape (tiles, height, width), masks in {0, 1}.
+
+Those of `LOSSES` take masks with `IGNORED` pixels as well, of which nothing is known.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,9 +10,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saltray.config import LossConfig
+from saltray.config import IGNORED, LossConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+SURE = 1e4
+"""A logit at which the sigmoid is 0 or 1 exactly, and which float16 and bfloat16 hold as well."""
+
+
+def ignoring(loss: Loss) -> Loss:
+    """Return a loss that takes masks in {0, 1, IGNORED}; ignored pixels add nothing, and get no gradient.
+
+    They count as rightly and surely predicted to be without salt, where each of these losses is zero. (The
+    means over all pixels, and the background's overlap in the symmetric Lovász losses, have them in their
+    denominators.)
+    """
+
+    def known_only(logits: Tensor, masks: Tensor) -> Tensor:
+        unknown = masks == IGNORED
+        return loss(logits.masked_fill(unknown, -SURE), masks.masked_fill(unknown, 0))
+
+    return known_only
 
 
 def bce(logits: Tensor, masks: Tensor) -> Tensor:
@@ -80,13 +101,13 @@ def lovasz(logits: Tensor, masks: Tensor, *, elu: bool = False, symmetric: bool 
 
 
 LOSSES: dict[str, Loss] = {
-    "bce": bce,
-    "bce_dice": bce_dice,
-    "focal": focal,
-    "lovasz": lovasz,
-    "lovasz_elu": partial(lovasz, elu=True),
-    "lovasz_symmetric": partial(lovasz, symmetric=True),
-    "lovasz_elu_symmetric": partial(lovasz, elu=True, symmetric=True),
+    "bce": ignoring(bce),
+    "bce_dice": ignoring(bce_dice),
+    "focal": ignoring(focal),
+    "lovasz": ignoring(lovasz),
+    "lovasz_elu": ignoring(partial(lovasz, elu=True)),
+    "lovasz_symmetric": ignoring(partial(lovasz, symmetric=True)),
+    "lovasz_elu_symmetric": ignoring(partial(lovasz, elu=True, symmetric=True)),
 }
 """Every loss by its name in `LossConfig`."""
 
@@ -110,11 +131,14 @@ def deep_supervision(
         loss: of the trial.
         auxiliary: logits of each level, (tiles, height, width).
         empty: logits of "no salt in this tile", (tiles,).
-        masks: float (tiles, height, width) in {0, 1}.
+        masks: float (tiles, height, width) in {0, 1, IGNORED}.
         config: the weights.
     """
-    salt = masks.amax(dim=(1, 2)) > 0
-    total = config.empty * functional.binary_cross_entropy_with_logits(empty, (~salt).float())
+    salt = (masks == 1).any(dim=2).any(dim=1)
+    # There may be salt in ignored pixels: of such a tile nobody knows whether it is empty.
+    unsure = ~salt & (masks == IGNORED).any(dim=2).any(dim=1)
+    sure = empty.masked_fill(unsure, SURE)
+    total = config.empty * functional.binary_cross_entropy_with_logits(sure, (~salt).float())
     for logits in auxiliary:
         # A batch without salt keeps the heads in the graph, where DDP looks for their gradients.
         level = loss(logits[salt], masks[salt]) if salt.any() else 0 * logits.sum()

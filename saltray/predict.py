@@ -1,4 +1,4 @@
-"""`python -m saltray.predict`: write a submission with the best model of a run."""
+"""`python -m saltray.predict`: write a submission with the ensemble of a run, or else its best model."""
 
 import sys
 from dataclasses import replace
@@ -12,7 +12,7 @@ from saltray.config import UserError
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="A run's folder, or its best/.")],
+    model: Annotated[Path, typer.Argument(help="A run's folder, or its best/ or ensemble/.")],
     data: Annotated[str, typer.Option(help="The contest's folder, a path or URI.")],
     out: Annotated[Path, typer.Option(help="The submission to write.")],
     threshold: Annotated[
@@ -21,16 +21,17 @@ def main(
     address: Annotated[str | None, typer.Option(help="A running Ray cluster to join.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Give bad tiles empty masks.")] = False,
 ) -> None:
-    """Segment a folder's test tiles with the best model of a run, and write the submission."""
+    """Segment a folder's test tiles with a run's ensemble or best model, and write the submission."""
     if out.exists():
         raise UserError(f"{out}: already there; remove it or choose another --out")
     if threshold is not None and not 0 < threshold < 1:
         raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
     prepare_to_join(address)
-    from saltray import checkpoint, dataset, inference, run, submission
+    from saltray import checkpoint, dataset, inference, members, run, submission
 
-    folder = model / "best" if (model / "best").is_dir() else model
-    checkpoint.load_model(folder)  # a damaged one is told now
+    folder = next((model / name for name in ("ensemble", "best") if (model / name).is_dir()), model)
+    for member in members.read(folder):
+        checkpoint.load_model(member.folder)  # a damaged one is told now
     chosen = inference.stored_postprocessing(folder)
     if threshold is not None:
         chosen = replace(chosen, threshold=threshold)

@@ -1,5 +1,6 @@
 """What `--dry-run` shows: the space, sampled configurations, and the plan with its estimated time."""
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,9 +64,12 @@ def show(settings: run.Settings, *, address: str | None) -> None:
         f"searcher {settings.searcher}, scheduler {settings.scheduler}.",
         soft_wrap=True,
     )
-    console.print(
-        _estimate(settings, sum(trial_seconds) / len(trial_seconds), chosen.concurrency), soft_wrap=True
-    )
+    mean = sum(trial_seconds) / len(trial_seconds)
+    console.print(_estimate(settings, mean, chosen.concurrency), soft_wrap=True)
+    if settings.folds is not None:
+        console.print(_refits(settings, count, mean / training_tiles, chosen.concurrency), soft_wrap=True)
+    if settings.blends:
+        console.print("Then the submission is an ensemble's.")
 
 
 def _parameters(drawn: Sequence[optuna.trial.FrozenTrial]) -> Table:
@@ -126,3 +130,25 @@ def _estimate(settings: run.Settings, trial_seconds: float, concurrency: int) ->
     bounds = [f"{duration(settings.time_budget)} by --time-budget"] if settings.time_budget else []
     bounds += [f"{settings.gpu_hours:g} GPU-hours"] if settings.gpu_hours else []
     return words + (f"; cut off at {' or '.join(bounds)}" if bounds else "") + "."
+
+
+def _refits(settings: run.Settings, tiles: int, tile_seconds: float, concurrency: int) -> str:
+    """Write what the refits may take.
+
+    Args:
+        settings: with folds.
+        tiles: all that are labelled.
+        tile_seconds: of a mean trial, for each of its training tiles, over all epochs.
+        concurrency: how many run side by side.
+    """
+    folds = settings.folds or 0
+    configurations = min(settings.ensemble or 1, settings.trials)
+    number, size = configurations * folds, tiles * (folds - 1) // folds
+    seconds = math.ceil(number / concurrency) * tile_seconds * size
+    words = (
+        f"Then {number} refits: the best {configurations} configurations on {folds} folds, each of {size} "
+        f"training tiles and {settings.epochs} epochs, none stopped early; about {duration(seconds)}"
+    )
+    if settings.pseudo_labels:
+        words += "; then those of the ensemble's members once more, with pseudo-labelled test tiles too"
+    return words + "."

@@ -4,9 +4,10 @@ runs/NAME/
   run.json          settings, command, versions, hardware
   space.py          the search space as it was
   study.db          the Optuna study
-  trials/           each trial's log, results and newest checkpoint, by session
+  trials/           each trial's log, results and newest checkpoint, by session; those of refits in folds-K/
   logs/             what Ray and Optuna had to say
   best/             the best model's bundle (`saltray.bundle`)
+  ensemble/         the ensemble's, where one was asked for; submission.csv is then its own
   tensorboard/      event files, a folder a trial
   submission.csv
   validation.csv    what the best model does on each validation tile; gallery.npz: a few of them to look at
@@ -29,11 +30,11 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import ray
 import ray.data
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray.exceptions import RaySystemError
 
 from saltray import storage
@@ -61,9 +62,31 @@ class Settings(SearchConfig):
     cpus_per_trial: float | None = None
     gpus_per_trial: float | Literal["auto"] | None = None
     skip_bad: bool = False
+    folds: Annotated[int, Field(ge=2, le=10)] | None = None
+    """On how many folds the best configurations are trained again after the search; None for not at all."""
+    ensemble: Annotated[int, Field(ge=1, le=50)] | None = None
+    """From how many of the best configurations an ensemble is chosen; None for none, or one with `folds`."""
+    pseudo_labels: bool = False
+    """Whether the refits are done once more, with test tiles that the first ones are sure of."""
     study: str | None = None
     """URL of the study's database server, without a password; None for SQLite in the run's folder."""
     study_name: str = STUDY_NAME
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> Self:
+        if self.pseudo_labels and self.folds is None:
+            raise ValueError("--pseudo-labels needs --folds: the models of a fold label tiles for it")
+        if self.objective == "map+speed" and (self.folds or self.ensemble):
+            raise ValueError(
+                "--folds and --ensemble look for the best score at any cost, --objective map+speed does not; "
+                "leave one of them out"
+            )
+        return self
+
+    @property
+    def blends(self) -> bool:
+        """Whether an ensemble follows the search."""
+        return self.folds is not None or self.ensemble is not None
 
 
 def refuse_taken(folder: Path) -> None:
@@ -162,7 +185,8 @@ def read_settings(folder: Path) -> Settings:
 
 def options(settings: Settings, space: Path) -> str:
     """Return the command-line options that start a run with these settings."""
-    given = settings.model_dump(exclude_defaults=True, exclude={"study_name", "skip_bad", "space"})
+    switches = ("skip_bad", "pseudo_labels")
+    given = settings.model_dump(exclude_defaults=True, exclude={"study_name", "space", *switches})
     given |= {"space": space, "trials": settings.trials, "epochs": settings.epochs, "seed": settings.seed}
     if settings.time_budget:
         given["time_budget"] = f"{settings.time_budget:g}s"
@@ -170,7 +194,8 @@ def options(settings: Settings, space: Path) -> str:
     for name, value in given.items():
         text = f"{value:g}" if isinstance(value, float) else str(value)
         words.append(f"--{name.replace('_', '-')} {shlex.quote(text)}")
-    return " ".join(words + ["--skip-bad"] * settings.skip_bad)
+    words += [f"--{name.replace('_', '-')}" for name in switches if getattr(settings, name)]
+    return " ".join(words)
 
 
 def environment() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -159,7 +159,8 @@ class StudySearch(Searcher):
                 self.record_failure(trial_id, reason)
                 continue
             self._epochs[trial_id] = epochs_of(trial)
-            return {"number": trial.number, "config": drawn.to_dict(), "resume": checkpoints_of(trial)}
+            spec = {"number": trial.number, "config": drawn.to_dict(), "resume": checkpoints_of(trial)}
+            return {**spec, "parameters": trial.params}
         raise SearchError(f"{BAD_DRAWS} draws in a row failed, the last with {reason}")
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -299,12 +300,13 @@ def trim(folder: Path) -> None:
 
 def run_search(
     space: Space,
-    tiles: Tiles,
+    tiles: Tiles | Sequence[Tiles],
     chosen: Plan,
     trials_at: str,
     study: optuna.Study,
     config: SearchConfig,
     callbacks: Sequence[tune.Callback] = (),
+    trainable: Callable[..., None] | None = None,
 ) -> str:
     """Run trials until the study has enough ended ones, a budget is used up, or Ctrl-C.
 
@@ -316,6 +318,7 @@ def run_search(
         study: is asked and told; `config.trials` counts all its own ended trials.
         config: the engine and the budgets.
         callbacks: further Tune callbacks.
+        trainable: what runs a trial, if not `run_trial`; it gets the tiles as they are given here.
 
     Returns:
         Which limit ended the search; empty where all trials came to an end.
@@ -337,11 +340,11 @@ def run_search(
     session = f"session-{sum(name.startswith('session-') for name in names(trials_at)) + 1:02d}"
     # The trial of several workers only drives them; each worker asks for its own.
     asked = resources.training() if resources.workers == 1 else {"CPU": 0.01}
-    trainable = tune.with_parameters(
-        run_trial, tiles=tiles, resources=resources, storage=f"{trials_at}/{session}"
+    runs = tune.with_parameters(
+        trainable or run_trial, tiles=tiles, resources=resources, storage=f"{trials_at}/{session}"
     )
     tuner = tune.Tuner(
-        tune.with_resources(trainable, asked),
+        tune.with_resources(runs, asked),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=make_scheduler(config.scheduler, config.epochs, study.get_trials(deepcopy=False)),

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from saltray import tile_figures, trial_figures, validation
+from saltray import ensemble_section, tile_figures, trial_figures, validation
 from saltray.findings import Findings
 from saltray.page import Page
 from saltray.study import epochs_of, objective_of, score
@@ -41,8 +41,8 @@ def build(found: Findings) -> Page:
     trials = ", ".join(f"{n} {name}" for name, n in counts.items()) or "none was started"
     page = Page(f"Search {found.name}", f"What saltray tried, and what it found. Trials: {trials}.")
     for add in (
-        _result, _configuration, _gallery, _salt, _threshold, _training, _history, _curves, _front,
-        _parallel, _importance, _slices, _timeline, _trials, _environment,
+        _result, ensemble_section.add, _configuration, _gallery, _salt, _threshold, _training, _history,
+        _curves, _front, _parallel, _importance, _slices, _timeline, _trials, _environment,
     ):  # fmt: skip
         add(page, found)
     return page
@@ -64,6 +64,11 @@ def _result(page: Page, found: Findings) -> None:
         )
         if best and model["trial"] != best.number:
             facts["postprocessed"] += f". It is trial {model['trial']}, the best when it was last predicted"
+    if found.ensemble:
+        facts["ensemble"] = (
+            f"{found.ensemble['cross_fitted']:.4f} ± {found.ensemble['spread']:.4f}, cross-fitted; the "
+            "submission is its own, see below"
+        )
     if found.adopted:
         facts["warm start"] = f"trials taken over from another run, and not shown here: {found.adopted}"
     if found.table is not None:

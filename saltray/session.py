@@ -3,18 +3,20 @@
 import contextlib
 import shlex
 import sys
+import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
-import ray.data
+import pandas as pd
 from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.markup import escape
 
 from saltray import (
+    blend,
     bundle,
     dataset,
     demo,
@@ -30,6 +32,7 @@ from saltray import (
     validation,
 )
 from saltray import space as spaces
+from saltray.folds import Data
 from saltray.plan import Plan, plan
 from saltray.space import Space
 from saltray.study import (
@@ -54,16 +57,6 @@ EXAMPLES = 6
 
 DEMO_TILES = 400
 """Synthetic labelled tiles of a run without data of its own."""
-
-
-class Data(NamedTuple):
-    """The decoded tiles, the submission's ids in their order, and a hash of the labels and the split."""
-
-    training: ray.data.Dataset
-    validation: ray.data.Dataset
-    test: ray.data.Dataset
-    ids: list[str]
-    fingerprint: str
 
 
 def start(
@@ -200,6 +193,10 @@ def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str
         folder = dataset.open_folder(settings.data)
         train, test = dataset.read_train(folder), dataset.read_test(folder)
         fold = splitting.assign_folds(train, splitting.FOLDS, settings.seed, settings.split)
+        refold = None
+        if settings.folds is not None:  # too few tiles for them are told before the search, not after it
+            assigned = splitting.assign_folds(train, settings.folds, settings.seed, settings.split)
+            refold = pd.Series(assigned, index=train.rows["row"])
         parts, problems = [], train.problems | test.problems
         for table in (train.where(fold != 0), train.where(fold == 0), test):
             tiles, bad = dataset.decode(table)
@@ -208,7 +205,7 @@ def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str
         if not settings.skip_bad:
             dataset.refuse(problems, settings.data)
         fingerprint = dataset.fingerprint(train, fold)
-        return Data(parts[0], parts[1], parts[2], test.ids, fingerprint), problems
+        return Data(parts[0], parts[1], parts[2], test.ids, fingerprint, refold), problems
 
 
 def _load_other(folder: Path) -> optuna.Study:
@@ -260,7 +257,7 @@ def _search_and_predict(
     data: Data,
     study: optuna.Study,
 ) -> None:
-    folder = mirror.home.folder
+    folder, started = mirror.home.folder, time.monotonic()
     view = LiveView(
         console, study, trials=settings.trials, epochs=settings.epochs, time_budget=settings.time_budget
     )
@@ -275,6 +272,10 @@ def _search_and_predict(
         best = best_trial(study)
         facts = _predict(folder, best, data)
         tracking.log_best(study, folder / "best", {k: facts[k] for k in ("threshold", "validation_map")})
+    if settings.blends:
+        # The best model is on the disk by now, whatever becomes of what follows.
+        job = blend.Job(console, mirror, settings, study, data, chosen, started)
+        facts["ensemble"] = blend.run_all(job)
     with console.status("writing the report"), run.quiet(folder / "logs" / "report.log"):
         facts["report"] = _report(folder, study)
     _tell_end(console, mirror.home, settings, study, best, facts, reached)
@@ -367,6 +368,8 @@ def _tell_end(
         lines["Pareto front"] = "\n".join(
             f"trial {t.number}: mAP {t.values[0]:.4f} at {t.values[1]:.0f} tiles/s" for t in front
         ).replace("\n", "\n" + " " * 16)
+    ensemble = facts.get("ensemble", {})
+    lines |= blend.in_words(ensemble)
     truth = demo_data(folder).with_name("truth.csv")
     if truth.is_file():
         hidden = submission.score(folder / "submission.csv", truth)
@@ -374,11 +377,13 @@ def _tell_end(
         lines["hidden test mAP"] = f"[bold]{hidden:.4f}[/]; an all-empty submission {empty:.4f}"
     lines["submission"] = escape(f"{home}/submission.csv")
     lines["model"] = escape(f"{home}/best")
+    if "models" in ensemble:
+        lines["ensemble's"] = escape(f"{home}/ensemble")
     if "onnx_problem" in facts:
         lines["without ONNX"] = f"[yellow]{escape(facts['onnx_problem'])}[/]"
     lines["report"] = escape(facts["report"])
     lines["logs"] = escape(f"{home}/logs")
-    if counts.waiting:
+    if counts.waiting or ensemble.get("waiting"):
         lines["go on"] = f"python -m saltray.tune --resume {shlex.quote(str(home))}"
     lines["repeat"] = f"python -m saltray.tune {escape(run.options(settings, folder / 'space.py'))}"
     for name, value in lines.items():

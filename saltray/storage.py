@@ -170,7 +170,8 @@ class Mirror:
             name = file.relative_to(self.home.folder)
             if (
                 not file.is_file()
-                or name.parts[0] in ("trials", "best.new", "best.old")
+                or name.parts[0] == "trials"
+                or name.parts[0].endswith((".new", ".old"))  # bundles that are being made
                 or re.search(r"\.lock$|\.tmp$|\.db-", file.name)
             ):
                 continue

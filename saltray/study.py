@@ -181,6 +181,23 @@ def create_study(place: Place, objective: Objective = "map", space: str = "") ->
     return study
 
 
+def beside(study: optuna.Study, name: str) -> optuna.Study:
+    """Open a further study of the validation mAP in the same database, or create it.
+
+    Args:
+        study: of a run.
+        name: is put behind the study's own.
+    """
+    other = optuna.create_study(
+        storage=study._storage,
+        study_name=f"{study.study_name} {name}",
+        directions=["maximize"],
+        load_if_exists=True,
+    )
+    _name_metrics(other)
+    return other
+
+
 def _name_metrics(study: optuna.Study) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -299,12 +316,17 @@ def best_trial(study: optuna.Study) -> FrozenTrial:
     Raises:
         StudyError: no trial has one.
     """
+    return best_trials(study, 1)[0]
+
+
+def best_trials(study: optuna.Study, most: int) -> list[FrozenTrial]:
+    """Return the trials with the best checkpoints, the best first; raises as `best_trial` does."""
     own = own_trials(study)
     usable = [t for t in own if t.intermediate_values and checkpoint_of(t)]
     if not usable:
         reasons = {t.user_attrs["reason"] for t in own if "reason" in t.user_attrs}
         raise StudyError(f"no trial reached the end of an epoch. {'; '.join(sorted(reasons))}".rstrip())
-    return max(usable, key=score)
+    return sorted(usable, key=score, reverse=True)[:most]
 
 
 def requeue(study: optuna.Study) -> None:

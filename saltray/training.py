@@ -34,7 +34,8 @@ from saltray.optim import (
 )
 
 Batches = Iterable[dict[str, Tensor]]
-"""Batches of `image` and `mask`, uint8 (tiles, height, width), and the depth `z`, float32 (tiles,)."""
+"""Batches of `image` and `mask`, uint8 (tiles, height, width), and the depth `z`, float32 (tiles,). A mask to
+train on may hold IGNORED pixels."""
 
 Weights = dict[str, Tensor]
 
@@ -108,7 +109,8 @@ def fit(
 
     Each epoch is reported with `epoch` (from 1), `loss`, `map` (this epoch's validation mAP), `best_map`
     (the best so far, of the weights in the checkpoint), `learning_rate` (at its end), `seconds`,
-    `tiles_per_second` (in training), `validation_tiles_per_second`, `parameters` and `finished`.
+    `tiles_per_second` (in training), `validation_tiles_per_second`, `parameters` and `finished`. Where the
+    last weights are kept, `best_map` is theirs.
 
     Args:
         config: the trial.
@@ -132,7 +134,8 @@ def fit(
     elif not (resume / checkpoint.TRAINING).exists():
         # It was cut off between its last report and its end: the report may not have arrived.
         history = checkpoint.load_metrics(resume)["history"]
-        last = {"epoch": len(history), "map": history[-1], "best_map": max(history), "finished": True}
+        best = _kept_score(config, history)
+        last = {"epoch": len(history), "map": history[-1], "best_map": best, "finished": True}
         report(last, None)
         return
     else:
@@ -157,7 +160,7 @@ def fit(
         score, validated = evaluate(judged, validation_batches(), device, learner.amp)
         seconds = time.perf_counter() - judging
         history.append(score)
-        if epochs_since_best(history) == 0:
+        if config.keep == "last" or epochs_since_best(history) == 0:
             best_weights = _copy_weights(judged)
         if epoch in cycle_ends(config.optim, config.epochs):
             snapshots.append(_copy_weights(judged))
@@ -166,7 +169,7 @@ def fit(
             "epoch": epoch,
             "loss": loss,
             "map": score,
-            "best_map": max(history),
+            "best_map": _kept_score(config, history),
             "learning_rate": learner.optimizer.param_groups[0]["lr"],
             "seconds": time.perf_counter() - started,
             "tiles_per_second": tiles / (trained - started),
@@ -330,6 +333,11 @@ def _copy_weights(model: nn.Module) -> Weights:
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
+def _kept_score(config: TrialConfig, history: Sequence[float]) -> float:
+    """Return the validation mAP of the weights that are kept."""
+    return history[-1] if config.keep == "last" else max(history)
+
+
 def _epoch_seed(seed: int, epoch: int) -> int:
     rank = dist.get_rank() if dist.is_initialized() else 0
     return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
@@ -349,6 +357,7 @@ def _report(
         return
     with tempfile.TemporaryDirectory(prefix="saltray-") as name:
         folder = Path(name)
-        best = {"best_map": max(history), "best_epoch": len(history) - epochs_since_best(history)}
+        waited = 0 if config.keep == "last" else epochs_since_best(history)
+        best = {"best_map": _kept_score(config, history), "best_epoch": len(history) - waited}
         checkpoint.save(folder, best_weights, config, best | {"history": history}, state, snapshots)
         report(results, folder)

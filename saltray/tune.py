@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEMO = {"trials": 6, "epochs": 8}
 
-RUN, ENGINE, BUDGET, MACHINES = "The run", "The engine", "The budget", "The machines"
+RUN, ENGINE, AFTER, BUDGET, MACHINES = "The run", "The engine", "After it", "The budget", "The machines"
 
 
 def main(
@@ -92,6 +92,26 @@ def main(
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of a full trial. Default: 50.", rich_help_panel=BUDGET)
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            help="After the search, train the best configurations on so many folds.", rich_help_panel=AFTER
+        ),
+    ] = None,
+    ensemble: Annotated[
+        int | None,
+        typer.Option(
+            help="Predict with an ensemble, chosen from so many best configurations.", rich_help_panel=AFTER
+        ),
+    ] = None,
+    pseudo_labels: Annotated[
+        bool,
+        typer.Option(
+            "--pseudo-labels",
+            help="With --folds: train again with the test tiles that the models are sure of.",
+            rich_help_panel=AFTER,
+        ),
+    ] = False,
     time_budget: Annotated[
         str | None,
         typer.Option(help="When to stop searching: 90s, 30m, 1h30m.", rich_help_panel=BUDGET),
@@ -141,6 +161,9 @@ def main(
         "workers_per_trial": workers_per_trial,
         "gpus_per_trial": gpus_per_trial,
         "cpus_per_trial": cpus_per_trial,
+        "folds": folds,
+        "ensemble": ensemble,
+        "pseudo_labels": pseudo_labels or None,
     }
     fixed = {
         "epochs": epochs,

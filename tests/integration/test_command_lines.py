@@ -91,6 +91,8 @@ def test_ctrl_c_once_still_writes_what_was_found(start: type[Program], files: Pa
         (["--gpus-per-trial", "512"], "512 GPUs); the cluster has"),
         (["--address", "127.0.0.1:1"], "no Ray cluster there"),
         (["--resume", "absent"], "not the folder of a run"),
+        (["--pseudo-labels"], "--pseudo-labels needs --folds"),
+        (["--folds", "1"], "--folds 1: Input should be greater"),
     ],
 )
 def test_bad_input_is_told_and_leaves_nothing(

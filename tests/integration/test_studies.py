@@ -118,8 +118,11 @@ def test_one_run_starts_from_anothers_results(start: type[Program], files: Path,
 def test_a_dry_run_shows_the_space_and_the_plan_and_writes_nothing(
     start: type[Program], files: Path, tmp_path: Path
 ) -> None:
-    told = start(*search_arguments(files, tmp_path / "run", "--dry-run", "--trials", "7")).finish()
+    more = ("--dry-run", "--trials", "7", "--folds", "3", "--ensemble", "2", "--pseudo-labels")
+    told = start(*search_arguments(files, tmp_path / "run", *more)).finish()
     for words in (
+        "Then 6 refits: the best 2 configurations on 3 folds, each of 20 training tiles",
+        "once more, with pseudo-labelled test tiles",
         "filters    1 to 3",
         "sampled configuration",
         "training tiles of 30",

@@ -4,7 +4,7 @@ import torch
 from scipy.ndimage import affine_transform, gaussian_filter
 
 from saltray.augment import Batch, augment, generator, mixup
-from saltray.config import TILE, AugmentConfig
+from saltray.config import IGNORED, TILE, AugmentConfig
 
 HALF = AugmentConfig(flip=0.5)
 
@@ -204,3 +204,23 @@ def test_mixups_share_has_the_betas_variance(alpha: float) -> None:
     shares = [mixup(torch.zeros(1, 1, 1, 1), alpha)[2] for _ in range(2000)]
     assert np.mean(shares) == pytest.approx(0.5, abs=0.03)
     assert np.var(shares) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
+
+
+def test_ignored_pixels_go_where_the_nearest_ones_do() -> None:
+    rng = np.random.default_rng(2)
+    blobs = gaussian_filter(rng.normal(size=(30, TILE, TILE)), (0, 6, 6))
+    mask = np.select([blobs > 0.02, blobs > 0], [1, IGNORED], 0).astype(np.uint8)
+    image = rng.integers(0, 256, mask.shape).astype(np.uint8)
+    config = AugmentConfig(flip=0.5, move=1.0, tone=0.5, cutout=0.5)
+    rows = np.arange(30)
+    moved = augment({"row": rows, "image": image, "mask": mask}, config, 3, 1)["mask"]
+    salt = augment({"row": rows, "image": image, "mask": (mask == 1).astype(np.uint8)}, config, 3, 1)["mask"]
+    assert moved.dtype == np.uint8 and set(np.unique(moved)) == {0, 1, IGNORED}
+    # Salt is where it would be, but for what is ignored.
+    np.testing.assert_array_equal(moved == 1, (salt == 1) & (moved != IGNORED))
+    ignored = augment(
+        {"row": rows, "image": image, "mask": (mask == IGNORED).astype(np.uint8)}, config, 3, 1
+    )["mask"]
+    # Interpolation rounds an area to within a pixel of its border, as the nearest pixel does.
+    assert ((moved == IGNORED) == (ignored == 1)).mean() > 0.97
+    assert (moved == IGNORED).mean() == pytest.approx((mask == IGNORED).mean(), rel=0.2)

@@ -169,12 +169,7 @@ def test_the_cards_own_lines_give_the_models_mask(
     monkeypatch.chdir(elsewhere)
     names: dict[str, Any] = {}
     exec(program, names)
-    segmenter = inference.Segmenter(
-        checkpoint.load_config(folder).to_dict(),
-        checkpoint.load_weights(folder),
-        1,
-        inference.stored_postprocessing(folder),
-    )
+    segmenter = inference.Segmenter(inference.load_models(folder), 1, inference.stored_postprocessing(folder))
     code = segmenter({"id": np.array(["a"]), "image": pixels[None], "z": np.full(1, 500, np.float32)})["rle"]
     expected = rle.decode(code[0]) > 0
     assert expected.any() and not expected.all()

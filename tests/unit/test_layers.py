@@ -12,6 +12,7 @@ LAYERS = [
     ["config"],
     ["rle"],
     ["metrics"],
+    ["ensemble"],
     ["losses"],
     ["layers", "pretrained"],
     ["model"],
@@ -19,8 +20,10 @@ LAYERS = [
     ["augment"],
     ["dataset"],
     ["splitting"],
+    ["folds"],
     ["stream"],
     ["checkpoint"],
+    ["members"],
     ["training"],
     ["samples"],
     ["trial"],
@@ -34,8 +37,11 @@ LAYERS = [
     ["submission"],
     ["validation"],
     ["inference"],
+    ["outoffold", "pseudo"],
+    ["refits"],
     ["run"],
     ["bundle"],
+    ["ensemble_bundle"],
     ["view"],
     ["tracking"],
     ["cli"],
@@ -46,8 +52,10 @@ LAYERS = [
     ["trial_figures"],
     ["tile_figures"],
     ["findings"],
+    ["ensemble_section"],
     ["sections"],
     ["report"],
+    ["blend"],
     ["session"],
     ["preview"],
     ["tune", "predict", "score", "explore"],
@@ -56,7 +64,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 WITHOUT_RAY = [
     *("config", "rle", "metrics", "losses", "layers", "pretrained", "model", "optim", "augment"),
-    *("checkpoint", "training", "samples"),
+    *("ensemble", "checkpoint", "members", "training", "samples"),
     *("submission", "validation", "study", "cli", "page", "demo", "trial_figures", "tile_figures", "score"),
 ]
 
@@ -116,13 +124,14 @@ def test_numerics_and_files_need_no_ray(name: str) -> None:
 
 
 def test_only_the_search_and_its_readers_know_optuna() -> None:
-    known = {"space", "study", "engine", "search", "view", "tracking", "session", "preview"}
-    known |= {"trial_figures", "tile_figures", "findings", "sections", "report"}
+    known = {"space", "study", "engine", "search", "view", "tracking", "refits", "blend"}
+    known |= {"session", "preview"}
+    known |= {"ensemble_section", "trial_figures", "tile_figures", "findings", "sections", "report"}
     assert {name for name in MODULES if foreign(name, "optuna")} <= known
 
 
 def test_training_and_prediction_meet_through_files_alone() -> None:
-    reports = ("trial_figures", "tile_figures", "findings", "sections", "report")
+    reports = ("ensemble_section", "trial_figures", "tile_figures", "findings", "sections", "report")
     for name in ("inference", "bundle", "predict", *reports):
         assert not own(name) & {"trial", "space", "search", "view", "session", "tune"}
     for name in reports:

@@ -8,8 +8,17 @@ import torch
 from sklearn.metrics import f1_score, jaccard_score, log_loss
 from torch import Tensor
 
-from saltray.config import LossConfig, LossName
-from saltray.losses import LOSSES, bce, bce_dice, deep_supervision, focal, loss_of_epoch, lovasz_extension
+from saltray.config import IGNORED, LossConfig, LossName
+from saltray.losses import (
+    LOSSES,
+    SURE,
+    bce,
+    bce_dice,
+    deep_supervision,
+    focal,
+    loss_of_epoch,
+    lovasz_extension,
+)
 
 
 def example() -> tuple[Tensor, Tensor]:
@@ -170,3 +179,77 @@ def test_deep_supervision_of_empty_tiles_alone_reaches_every_head() -> None:
     deep_supervision(bce, (logits,), empty, masks, LossConfig()).backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None and not logits.grad.any()
     assert empty.grad is not None and (empty.grad < 0).all()
+
+
+def some_ignored() -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, masks, and which pixels are ignored: some of each tile, all of one."""
+    logits, masks = example()
+    unknown = torch.rand(masks.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    unknown[2] = True
+    return logits, masks.masked_fill(unknown, IGNORED), unknown
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_ignored_pixel_has_no_say_and_no_gradient(name: str) -> None:
+    logits, masks, unknown = some_ignored()
+    others = torch.where(unknown, -50 * logits, logits).requires_grad_()
+    logits.requires_grad_()
+    loss = LOSSES[name](logits, masks)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert float(loss.detach()) == float(LOSSES[name](others, masks).detach())
+    assert logits.grad is not None and (logits.grad[unknown] == 0).all()
+    assert (logits.grad[~unknown] != 0).any()
+    # What it adds is nothing: as a pixel that is rightly and surely no salt.
+    right = LOSSES[name](torch.where(unknown, torch.tensor(-60.0), logits), masks.where(~unknown, 0.0))
+    assert float(loss.detach()) == pytest.approx(float(right.detach()), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_tile_of_ignored_pixels_alone_has_no_loss(name: str) -> None:
+    logits, _ = example()
+    assert float(LOSSES[name](logits, torch.full_like(logits, IGNORED))) == 0
+
+
+@pytest.mark.parametrize("name", ["bce", "bce_dice", "focal", "lovasz", "lovasz_elu"])
+def test_without_the_ignored_pixels_the_sum_of_the_loss_is_the_same(name: str) -> None:
+    """The known pixels by themselves, as tiles of one pixel less in each row."""
+    logits, masks = example()
+    unknown = torch.zeros_like(masks, dtype=torch.bool)
+    unknown[:, :, 0] = True
+    part = LOSSES[name](logits[:, :, 1:], masks[:, :, 1:])
+    whole = LOSSES[name](logits, masks.masked_fill(unknown, IGNORED))
+    if name == "bce_dice":  # the mean of one part is over all pixels, that of the other over the tiles
+        dice = part - bce(logits[:, :, 1:], masks[:, :, 1:])
+        assert float(whole - dice) == pytest.approx(0.8 * float(part - dice), rel=1e-5)
+        return
+    share = 0.8 if name in ("bce", "focal") else 1.0  # the others are means over tiles
+    assert float(whole) == pytest.approx(share * float(part), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_sure_logit_is_finite_in_every_precision_and_its_sigmoid_exact(dtype: torch.dtype) -> None:
+    assert torch.tensor(SURE).to(dtype).isfinite()
+    for sign, exact in ((1, 1), (-1, 0)):
+        assert float(torch.sigmoid(torch.tensor(sign * SURE).to(dtype))) == exact
+        assert float(torch.sigmoid(torch.tensor(sign * SURE))) == exact
+
+
+def test_deep_supervision_ignores_pixels_and_tiles_of_which_nobody_knows_whether_they_are_empty() -> None:
+    logits, masks, unknown = some_ignored()
+    masks[1] = 0
+    masks[1, 0, 0], masks[0, 0, 1] = IGNORED, 1  # perhaps empty; surely not
+    masks[3] = 0  # surely empty
+    unknown = masks == IGNORED
+    level, empty = logits.clone().requires_grad_(), torch.linspace(-1, 1, 5).requires_grad_()
+    config = LossConfig(auxiliary=1.0, empty=1.0)
+    loss = deep_supervision(LOSSES["bce_dice"], (level,), empty, masks, config)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert level.grad is not None and empty.grad is not None
+    assert (level.grad[unknown] == 0).all()
+    salt = (masks == 1).any(dim=2).any(dim=1)
+    assert salt.tolist() == [True, False, False, False, True]
+    assert (empty.grad != 0).tolist() == [True, False, False, True, True]
+    surely = empty.detach()
+    entropy = [math.log1p(math.exp(float(e))) for e in surely[salt]] + [math.log1p(math.exp(-float(surely[3])))]
+    expected = sum(entropy) / 5 + float(LOSSES["bce_dice"](logits[salt], masks[salt]))
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)

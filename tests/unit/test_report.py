@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from html import unescape
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -105,6 +106,65 @@ def test_trials_of_an_older_saltray_are_drawn_from_what_is_known(tmp_path: Path)
     assert "no record of its epochs" in text["Training of the best"]
     assert "never falls" in text["Learning curves"]
     assert "older saltray" in text["Timeline"]
+
+
+def ensemble_facts(**more: Any) -> dict[str, Any]:
+    """The metrics of an ensemble of three models."""
+    facts: dict[str, Any] = {"folds": 2, "in_sample": 0.7654, "cross_fitted": 0.7412, "spread": 0.0123}
+    facts |= {"by_fold": [0.7325, 0.7499], "models": 6, "threshold": 0.46, "tta": True, "min_area": 20}
+    scores = {"trial 3": [0.71, 0.72], "trial 0": [0.6, 0.61]}
+    facts["candidates"] = [
+        {"name": name, "trial": 0, "weight": weight, "by_fold": by_fold}
+        for weight, (name, by_fold) in zip((2 / 3, 1 / 3), scores.items(), strict=True)
+    ]
+    facts["path"] = [{"added": "trial 3", "score": 0.71}, {"added": "trial 0", "score": 0.73}]
+    return facts | more
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, "2 times each, every time without one fold"),
+        ({"folds": None}, "judged on its validation tiles"),
+        (
+            {
+                "pseudo_labels": {
+                    "finished": True,
+                    "used": True,
+                    "tiles": [7, 8],
+                    "with": 0.75,
+                    "without": 0.74,
+                }
+            },
+            "used: cross-fitted 0.7500 with them (test tiles by fold: 7, 8), 0.7400 without",
+        ),
+        ({"pseudo_labels": {"finished": False, "used": False, "tiles": [7, 8]}}, "not yet"),
+        ({"pseudo_labels": {"finished": True, "used": False, "tiles": [0, 0]}}, "not sure of any test tile"),
+    ],
+)
+def test_an_ensemble_has_its_section(
+    tmp_path: Path, trials: list[FrozenTrial], more: dict[str, Any], words: str
+) -> None:
+    folder = make_run(tmp_path, trials)
+    (folder / "ensemble").mkdir()
+    (folder / "ensemble" / "metrics.json").write_text(json.dumps(ensemble_facts(**more)))
+    text, html = told(folder)
+    section = " ".join(text["Folds and ensemble"].split())
+    assert words in section
+    for known in ("0.7412 ± 0.0123", "(0.7325, 0.7499)", "0.7654", "0.46", "0.6667", "0.715", "20 pixels"):
+        assert known in section
+    assert "chose these configurations on one split" in section
+    assert "0.7412" in text["Result"]
+    assert html.count('class="plotly-graph-div"') > 0
+
+
+def test_an_ensemble_that_is_still_to_come_is_told(tmp_path: Path, trials: list[FrozenTrial]) -> None:
+    folder = make_run(tmp_path, trials)
+    file = folder / "run.json"
+    content = json.loads(file.read_text())
+    content["settings"]["folds"] = 5
+    file.write_text(json.dumps(content))
+    assert "still to come" in told(folder)[0]["Folds and ensemble"]
 
 
 def test_two_objectives_have_a_front(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from saltray import run
 from saltray.run import RunError, Settings
@@ -62,3 +64,28 @@ def test_a_taken_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="--resume"):
         run.refuse_taken(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"pseudo_labels": True}, "--pseudo-labels needs --folds"),
+        ({"folds": 1}, "greater than or equal to 2"),
+        ({"folds": 11}, "less than or equal to 10"),
+        ({"ensemble": 0}, "greater than or equal to 1"),
+        ({"ensemble": 51}, "less than or equal to 50"),
+        ({"ensemble": 2, "objective": "map+speed", "scheduler": "none"}, "leave one of them out"),
+    ],
+)
+def test_an_ensemble_that_makes_no_sense_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Settings(**{"data": "DIR", "space": "space.py", **given})
+
+
+def test_the_command_of_a_run_has_all_its_options() -> None:
+    more = SETTINGS.model_copy(update={"folds": 5, "ensemble": 4, "pseudo_labels": True, "skip_bad": True})
+    words = run.options(more, Path("space.py"))
+    for option in ("--folds 5", "--ensemble 4", "--pseudo-labels", "--skip-bad"):
+        assert option in words
+    assert "True" not in words
+    assert not SETTINGS.blends and more.blends

@@ -351,3 +351,24 @@ def test_two_workers_judge_one_model_whatever_the_technique(tmp_path: Path, aver
     spawn(_one_of_two, (str(tmp_path), config), nprocs=2)  # type: ignore[no-untyped-call]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and len(first) == 3
+
+
+def test_the_last_weights_are_kept_where_nothing_is_to_be_chosen(tmp_path: Path) -> None:
+    best, last = Recorder(tmp_path / "best"), Recorder(tmp_path / "last")
+    config = CONFIG.model_copy(update={"epochs": 6, "patience": 6})
+    fit(config, best)
+    fit(config.model_copy(update={"keep": "last"}), last)
+    assert last.column("map") == best.column("map")
+    top = int(np.argmax(last.column("map"))) + 1
+    assert top < 6, "of no use if the last epoch is the best"
+    assert last.column("best_map") == last.column("map")
+    kept = checkpoint.load_metrics(tmp_path / "last" / "6")
+    assert (kept["best_epoch"], kept["best_map"]) == (6, last.column("map")[-1])
+    weights = [checkpoint.load_weights(tmp_path / name) for name in ("last/6", "best/6", f"last/{top}")]
+    assert all(torch.equal(weights[1][n], weights[2][n]) for n in weights[0])
+    assert any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    resumed = Recorder(tmp_path / "resumed")
+    fit(config.model_copy(update={"keep": "last"}), resumed, resume=tmp_path / "last" / "4")
+    assert resumed.column("best_map") == last.column("best_map")[4:]
+    again = checkpoint.load_weights(tmp_path / "resumed" / "6")
+    assert all(torch.equal(weights[0][n], again[n]) for n in again)

@@ -1,0 +1,329 @@
+"""What follows a search, where it is asked for: refits on K folds, and an ensemble of the best models.
+
+Everything here can be done again: a session that is cut off leaves refits that wait in their study, and the
+next one chooses the ensemble anew from all that is known by then.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import optuna
+import ray.data
+from rich.console import Console
+
+from saltray import (
+    checkpoint,
+    ensemble,
+    ensemble_bundle,
+    folds,
+    inference,
+    outoffold,
+    pseudo,
+    refits,
+    run,
+    search,
+    storage,
+    submission,
+    tracking,
+)
+from saltray.bundle import publish
+from saltray.config import TrialConfig
+from saltray.ensemble import Selection
+from saltray.folds import Data
+from saltray.outoffold import Candidate, Source
+from saltray.plan import Plan, plan
+from saltray.study import (
+    beside,
+    best_trials,
+    checkpoint_of,
+    count,
+    ended_without_gain,
+    gpu_hours,
+)
+from saltray.trial import Tiles
+from saltray.view import LiveView
+
+PSEUDO = {
+    (True, True): "used: the models that learnt them as well are better",
+    (True, False): "not used: no models that learnt them as well are better",
+    (False, False): "not yet: their refits wait",
+}
+"""What became of the pseudo-labels: whether their refits are finished, and whether they are used."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A session's part after its search."""
+
+    console: Console
+    mirror: storage.Mirror
+    settings: run.Settings
+    study: optuna.Study
+    data: Data
+    chosen: Plan
+    """The search's."""
+    started: float
+    """When the search began, by `time.monotonic`: the time budget is for all together."""
+
+    @property
+    def size(self) -> int:
+        """How many configurations an ensemble is chosen from."""
+        return self.settings.ensemble or 1
+
+
+class Chosen(NamedTuple):
+    """An ensemble, and what it was chosen from."""
+
+    candidates: list[Candidate]
+    selection: Selection
+
+
+def run_all(job: Job) -> dict[str, Any]:
+    """Do the refits, choose the ensemble, and write its bundle and the submission.
+
+    Returns:
+        The ensemble's metrics, as its `metrics.json` has them; nothing of them where no candidate is there
+        yet. Beside them, how many refits are `waiting` for the next session, and how many `failed`.
+    """
+    settings, folder = job.settings, job.mirror.home.folder
+    parts, left = [job.data.validation], {"waiting": 0, "failed": 0}
+    if job.data.fold is None:
+        candidates = _kept(job)
+    else:
+        with job.console.status("cutting the folds"), run.quiet(folder / "logs" / "refits.log"):
+            every = folds.join([job.data.training, job.data.validation])
+            parts = folds.split(every, job.data.fold)
+        study = _refit_best(job, parts)
+        candidates = refits.candidates(study, job.study, len(parts), job.size)
+        left = {"waiting": count(study).waiting, "failed": refits.failed(study)}
+    if not candidates:
+        return left
+    chosen = _choose(job, parts, candidates)
+    facts: dict[str, Any] = {}
+    if settings.pseudo_labels and not left["waiting"] and is_over(job):
+        chosen, facts, left["waiting"] = _relabel(job, parts, chosen)
+    with job.console.status("predicting with the ensemble"), run.quiet(folder / "logs" / "predict.log"):
+        return {**_publish(job, chosen, facts), **left}
+
+
+def is_over(job: Job) -> bool:
+    """Tell whether the search has come to its end: what it chose will not change while refits run."""
+    patience = job.settings.patience
+    enough = count(job.study).ended >= job.settings.trials
+    return enough or (patience is not None and ended_without_gain(job.study) >= patience)
+
+
+def _kept(job: Job) -> list[Candidate]:
+    """Return the best trials' kept weights and snapshots as candidates."""
+    found = []
+    for trial in best_trials(job.study, job.size):
+        place, name = str(checkpoint_of(trial)), f"trial {trial.number}"
+        found.append(Candidate(trial.number, name, (Source(place),)))
+        for snapshot in range(outoffold.count_snapshots(place)):
+            source = Source(place, snapshot)
+            found.append(Candidate(trial.number, f"{name}, snapshot {snapshot + 1}", (source,)))
+    return found
+
+
+def _refit_best(job: Job, parts: Sequence[ray.data.Dataset]) -> optuna.Study:
+    """Refit the best configurations; return the study of it."""
+    name = f"folds-{len(parts)}"
+    study = _beside(job, name)
+    if not is_over(job):
+        return study
+    refits.enqueue(study, [t.number for t in best_trials(job.study, job.size)], len(parts))
+    if count(study).waiting:
+        job.console.print(f"Refits: the best {job.size} configurations on {len(parts)} folds.")
+        with run.quiet(job.mirror.home.folder / "logs" / "refits.log"):
+            training = [folds.others(parts, fold) for fold in range(len(parts))]
+        _run(job, study, name, training, parts)
+    return study
+
+
+def _beside(job: Job, name: str) -> optuna.Study:
+    with run.quiet(job.mirror.home.folder / "logs" / "refits.log"):
+        return beside(job.study, name)
+
+
+def _run(
+    job: Job,
+    study: optuna.Study,
+    name: str,
+    training: Sequence[ray.data.Dataset],
+    validation: Sequence[ray.data.Dataset],
+) -> None:
+    """Run the refits that wait, side by side, within what is left of the budgets."""
+    settings, home = job.settings, job.mirror.home
+    known = study.get_trials(deepcopy=False)
+    left: dict[str, Any] = {"trials": len(known), "patience": None, "scheduler": "none", "searcher": "random"}
+    if settings.time_budget is not None:
+        left["time_budget"] = settings.time_budget - (time.monotonic() - job.started)
+    if settings.gpu_hours is not None:
+        before = [job.study, _beside(job, f"folds-{len(validation)}")]
+        spent = sum(gpu_hours(other) for other in before if other.study_name != study.study_name)
+        left["gpu_hours"] = settings.gpu_hours - spent
+    if any(left.get(name, 1) <= 0 for name in ("time_budget", "gpu_hours")):
+        return
+    config = settings.model_copy(update=left)
+    chosen = plan(
+        run.nodes(),
+        trials=count(study).waiting,
+        workers=settings.workers_per_trial,
+        cpus=settings.cpus_per_trial,
+        gpus=job.chosen.resources.gpus,
+    )
+    resources = chosen.resources.for_refits()
+    view = LiveView(
+        job.console, study, trials=len(known), epochs=settings.epochs, time_budget=left.get("time_budget")
+    )
+    board = tracking.TensorBoard(home.folder / "tensorboard" / name, study)
+    with view, run.quiet(home.folder / "logs" / "refits.log"), board:
+        pairs = zip(training, validation, strict=True)
+        tiles = [Tiles.share(t, v, resources.workers, resources.elastic) for t, v in pairs]
+        space = refits.space(_configs(job, study))
+        callbacks = [view, board, storage.Mirroring(job.mirror)]
+        side_by_side = Plan(chosen.concurrency, resources)
+        search.run_search(
+            space, tiles, side_by_side, f"{home.trials}/{name}", study, config, callbacks, refits.run_refit
+        )
+
+
+def _configs(job: Job, study: optuna.Study) -> Mapping[int, TrialConfig]:
+    """Return the configurations that are refit, by the trial's number."""
+    trials = job.study.get_trials(deepcopy=False)
+    return {number: refits.config_of(trials[number]) for number in refits.waiting_trials(study)}
+
+
+def _choose(job: Job, parts: Sequence[ray.data.Dataset], candidates: list[Candidate]) -> Chosen:
+    """Let the candidates predict what they have not seen, and choose of them."""
+    log = job.mirror.home.folder / "logs" / "predict.log"
+    with job.console.status("choosing the ensemble"), run.quiet(log):
+        known = outoffold.predict(parts, candidates, job.settings.seed)
+        return Chosen(candidates, ensemble.choose(known))
+
+
+def _relabel(
+    job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen
+) -> tuple[Chosen, dict[str, Any], int]:
+    """Train the members once more, on pseudo-labelled test tiles too.
+
+    The labels for fold k are those of models that never saw it, weighted as the other folds chose: nothing of
+    fold k is in what its models learn.
+
+    Returns:
+        The better of both ensembles, what is told of it, and how many refits wait.
+    """
+    study = _pseudo_refits(job, parts, chosen)
+    facts = {"tiles": study.user_attrs["tiles"], "without": chosen.selection.cross_fitted, "used": False}
+    waiting = count(study).waiting
+    candidates = refits.candidates(study, job.study, len(parts), job.size)
+    if waiting or not candidates:
+        return chosen, {"pseudo_labels": facts | {"finished": not waiting}}, waiting
+    again = _choose(job, parts, candidates)
+    used = again.selection.cross_fitted > chosen.selection.cross_fitted
+    facts |= {"with": again.selection.cross_fitted, "used": used, "finished": True}
+    facts["not_taken"] = describe(job, chosen if used else again)["candidates"]
+    return again if used else chosen, {"pseudo_labels": facts}, 0
+
+
+def _pseudo_refits(job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen) -> optuna.Study:
+    """Label the test tiles and do the members' refits with them; return the study of these."""
+    candidates, selection = chosen
+    members = [c.trial for c, times in zip(candidates, selection.picks, strict=True) if times]
+    # These refits are of these labels alone: labels by other models make another study.
+    labellers = [
+        [(c.trial, times) for c, times in zip(candidates, picks, strict=True) if times]
+        for picks in selection.picks_by_fold
+    ]
+    digest = hashlib.sha256(json.dumps([labellers, members]).encode()).hexdigest()[:8]
+    name = f"folds-{len(parts)}-pseudo-{digest}"
+    study = _beside(job, name)
+    if "tiles" in study.user_attrs and not count(study).waiting:
+        return study
+    log = job.mirror.home.folder / "logs" / "refits.log"
+    with job.console.status("labelling the test tiles"), run.quiet(log):
+        labelled = [label_for(fold, job.data.test, chosen) for fold in range(len(parts))]
+        training = [folds.join([folds.others(parts, k), tiles]) for k, tiles in enumerate(labelled)]
+        counts = [tiles.count() for tiles in labelled]
+    job.console.print(f"Pseudo-labelled test tiles, by fold: {', '.join(map(str, counts))}.")
+    if any(counts):
+        refits.enqueue(study, members, len(parts))
+    study.set_user_attr("tiles", counts)
+    if count(study).waiting:
+        _run(job, study, name, training, parts)
+    return study
+
+
+def label_for(fold: int, test: ray.data.Dataset, chosen: Chosen) -> ray.data.Dataset:
+    """Label test tiles for a fold's training, by models and weights that know nothing of the fold."""
+    picks = chosen.selection.picks_by_fold[fold]
+    models = [
+        outoffold.load(candidate.sources[fold], times / sum(picks))
+        for candidate, times in zip(chosen.candidates, picks, strict=True)
+        if times
+    ]
+    return pseudo.label_tiles(test, models)
+
+
+def describe(job: Job, chosen: Chosen) -> dict[str, Any]:
+    """Return what is told of an ensemble: its members, and their way into it."""
+    candidates, selection = chosen
+    total = sum(selection.picks)
+    return {
+        "folds": job.settings.folds,
+        "in_sample": selection.in_sample,
+        "cross_fitted": selection.cross_fitted,
+        "spread": selection.spread,
+        "by_fold": selection.by_fold,
+        "scores": selection.scores,
+        "candidates": [
+            {"name": c.name, "trial": c.trial, "weight": times / total, "by_fold": by_fold}
+            for c, times, by_fold in zip(candidates, selection.picks, selection.candidates, strict=True)
+        ],
+        "path": [{"added": candidates[step.added].name, "score": step.score} for step in selection.path],
+    }
+
+
+def _publish(job: Job, chosen: Chosen, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the ensemble's bundle, and the submission with it."""
+    folder, selection = job.mirror.home.folder, chosen.selection
+    total = sum(selection.picks)
+    models = [
+        (outoffold.load(source, times / total / len(candidate.sources)), candidate.trial)
+        for candidate, times in zip(chosen.candidates, selection.picks, strict=True)
+        for source in candidate.sources * bool(times)
+    ]
+    known = {**describe(job, chosen), **facts, "models": len(models)}
+    fresh = ensemble_bundle.stage(folder, models, selection.chosen, known)
+    codes = inference.segment(fresh, job.data.test, selection.chosen)
+    ensemble_bundle.write_card(fresh)
+    # The folder first: a submission is never of an ensemble that is not there.
+    publish(fresh)
+    submission.write(folder / "submission.csv", job.data.ids, codes)
+    return checkpoint.load_metrics(folder / ensemble_bundle.FOLDER)
+
+
+def in_words(facts: dict[str, Any]) -> dict[str, str]:
+    """Write what is known of an ensemble in words, by the names of the end table's lines."""
+    lines = {}
+    if "models" in facts:
+        used = [f"{c['name']} ({c['weight']:.2f})" for c in facts["candidates"] if c["weight"]]
+        lines["ensemble"] = f"{facts['models']} models, by weight of {', '.join(used)}"
+        where = f"{facts['folds']} folds, out of fold" if facts["folds"] else "the validation tiles"
+        folds = ", ".join(f"{value:.4f}" for value in facts["by_fold"])
+        lines["its mAP"] = (
+            f"[bold]{facts['cross_fitted']:.4f}[/] ± {facts['spread']:.4f} cross-fitted on {where} "
+            f"({folds}); {facts['in_sample']:.4f} where it was chosen"
+        )
+        if "pseudo_labels" in facts:
+            lines["pseudo-labels"] = PSEUDO[
+                facts["pseudo_labels"]["finished"], facts["pseudo_labels"]["used"]
+            ]
+    left = [f"{facts[name]} {name}" for name in ("waiting", "failed") if facts.get(name)]
+    if left:
+        lines["refits"] = f"[yellow]{', '.join(left)}[/]"
+    return lines

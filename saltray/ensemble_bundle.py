@@ -1,0 +1,142 @@
+"""The ensemble's bundle: `ensemble/`, made and used as `best/` is (`saltray.bundle`, `saltray.members`)."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from saltray import checkpoint, members, run
+from saltray.bundle import CARD, also, begin
+from saltray.config import TrialConfig
+from saltray.inference import Model, stored_postprocessing
+from saltray.metrics import Postprocessing
+
+FOLDER = "ensemble"
+"""In a run's."""
+
+
+def stage(
+    folder: Path, models: Sequence[tuple[Model, int]], chosen: Postprocessing, facts: dict[str, Any]
+) -> Path:
+    """Write the members of an ensemble, and what is known of it, into the run's `ensemble.new/`.
+
+    Args:
+        folder: the run's.
+        models: the members with their shares, and the number of the trial that each comes from.
+        chosen: what makes masks of their mean.
+        facts: its scores, for `metrics.json`.
+
+    Returns:
+        `ensemble.new/`.
+    """
+    fresh = begin(folder, FOLDER)
+    weights = {}
+    for number, (model, trial) in enumerate(models):
+        name = f"members/{number:02d}"
+        (fresh / name).mkdir(parents=True)
+        config = TrialConfig.from_dict(model.config)
+        checkpoint.save(fresh / name, model.weights, config, {"trial": trial})
+        weights[name] = model.share
+    members.write(fresh, weights)
+    (fresh / checkpoint.METRICS).write_text(json.dumps(asdict(chosen) | facts, indent=2) + "\n")
+    return fresh
+
+
+def write_card(bundle: Path) -> None:
+    """Write the model card of an ensemble.
+
+    Args:
+        bundle: `ensemble.new/` in a run's folder, as `stage` leaves it.
+    """
+    facts, chosen = checkpoint.load_metrics(bundle), stored_postprocessing(bundle)
+    known = run.read(bundle.parent)
+    settings, session = known["settings"], known["sessions"][-1]
+    rows = [
+        f"| {c['name']} | {c['weight']:.3f} | {sum(c['by_fold']) / len(c['by_fold']):.4f} |"
+        for c in facts["candidates"]
+        if c["weight"]
+    ]
+    text = _CARD.format(
+        name=bundle.parent.name,
+        models=facts["models"],
+        rows="\n".join(rows),
+        judged=_OUT_OF_FOLD.format(folds=facts["folds"]) if facts["folds"] else _ON_VALIDATION,
+        neighbours=_NEIGHBOURS[settings.get("split", "coverage")],
+        in_sample=facts["in_sample"],
+        cross_fitted=facts["cross_fitted"],
+        spread=facts["spread"],
+        threshold=chosen.threshold,
+        also="".join(f", {words}" for words in also(chosen)),
+        data=Path(settings["data"].rstrip("/")).name,
+        fingerprint=known["tiles"],
+        seed=settings["seed"],
+        command=session["command"],
+        machine=session["machine"],
+        versions=", ".join([f"Python {session['python']}", *map(" ".join, session["versions"].items())]),
+        commit=session["commit"] or "unknown",
+    )
+    (bundle / CARD).write_text(text)
+
+
+_OUT_OF_FOLD = """Each configuration was trained {folds} times, every time without one of {folds} folds of the
+labelled tiles, and each tile is judged by the models that never saw it."""
+
+_ON_VALIDATION = """The models are those that the search kept, judged on its validation tiles. Their epochs
+were chosen on these tiles as well, so that even the cross-fitted score is too high."""
+
+_NEIGHBOURS = {
+    "coverage": "Neighbours of a tile may be in\n  other folds, which flatters as well",
+    "neighbours": "Neighbours that could be told by\n  their edges share a fold",
+}
+
+_CARD = """---
+library_name: saltray
+pipeline_tag: image-segmentation
+tags: [seismic, salt, segmentation, pytorch, u-net, ensemble]
+---
+
+# {name}: salt in seismic tiles, by an ensemble
+
+The weighted mean of the probabilities of {models} networks marks salt in 101x101 tiles of seismic images.
+Found by a search with saltray; the members were selected greedily, with replacement, from its best
+configurations (Caruana et al. 2004).
+
+| member | weight | mAP alone, at probability 0.50 |
+|---|---|---|
+{rows}
+
+## Score
+
+The metric is that of Kaggle's TGS Salt Identification Challenge: per tile the share of the IoU thresholds
+0.50, 0.55 .. 0.95 that the prediction passes, 1 where truth and prediction are both empty, 0 where only one
+is; then the mean over the tiles. {judged}
+
+| as this ensemble is used: at probability {threshold:.2f}{also} | score |
+|---|---|
+| cross-fitted, mean and standard deviation over the folds | {cross_fitted:.4f} ± {spread:.4f} |
+| on the tiles that members and postprocessing were chosen on | {in_sample:.4f} |
+
+Cross-fitted: each fold is scored with the members and the postprocessing that the other folds chose.
+
+How far to trust it:
+
+- The search itself chose its configurations on one split of these tiles, which flatters a little.
+- The contest's own tiles were cut from shared mosaics. {neighbours}; other surveys were not seen at all.
+- Not to be used alone where a wrong salt boundary costs money or safety.
+
+## Data and training
+
+- tiles: `{data}`; first digits of the SHA-256 of labels and split: `{fingerprint}`; seed {seed}
+- configurations: `config.json` in each folder of `members/`
+- command: `{command}`
+- machine of the search: {machine}
+- versions: {versions}
+- saltray's commit: {commit}
+
+## Use
+
+With saltray, this folder alone segments a folder of tiles in the contest's layout:
+
+    python -m saltray.predict THIS_FOLDER --data DIR --out submission.csv
+"""

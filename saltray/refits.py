@@ -1,0 +1,120 @@
+"""The best configurations trained again: model (trial t, fold k) learns from all labelled tiles but fold k.
+
+The refits are the trials of a study of their own, beside the search's, so that all of the search's machinery
+serves them: they run side by side, and a session that is cut off loses at most an epoch of each.
+
+Nothing of a refit is chosen on its held-out fold: it keeps its last weights, not those of its best epoch, and
+no patience ends it. Else its out-of-fold predictions would be of tiles that had a say in the model, and every
+score on them would flatter. The one exception is in the search's own choice: a plateau schedule lowers the
+learning rate when the held-out fold's mAP no longer rises. Cosine and one-cycle schedules do not look at it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from ray.train import Checkpoint
+
+from saltray import checkpoint
+from saltray.config import TrialConfig
+from saltray.outoffold import Candidate, Source
+from saltray.space import Space
+from saltray.study import checkpoint_of, score
+from saltray.trial import Tiles, WorkerResources, run_trial
+
+REFIT = "refit"
+"""User attribute of a refit: the number of the search's trial, and the fold."""
+
+
+def config_of(trial: FrozenTrial) -> TrialConfig:
+    """Read the configuration that a trial was trained with; raises CheckpointError."""
+    with Checkpoint(str(checkpoint_of(trial))).as_directory() as folder:
+        return checkpoint.load_config(Path(folder))
+
+
+def space(configs: Mapping[int, TrialConfig]) -> Space:
+    """Return the space whose points are the refits: a trial's number and a fold.
+
+    Args:
+        configs: by the trial's number.
+    """
+
+    def draw(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+        config = configs[trial.suggest_int("trial", 0, 10**9)]
+        trial.suggest_int("fold", 0, 9)
+        values = config.to_dict() | {"keep": "last", "patience": config.epochs}
+        values["optim"] = {**values["optim"], "snapshots": False}  # nobody would use them
+        return {name: value for name, value in values.items() if name not in ("epochs", "seed")}
+
+    return Space(draw, None, Path("the best configurations"))
+
+
+def run_refit(
+    spec: dict[str, Any], *, tiles: Sequence[Tiles], resources: WorkerResources, storage: str
+) -> None:
+    """Run one refit to its end; Tune's function trainable, as `trial.run_trial`.
+
+    Args:
+        spec: as there, with `parameters`: the `fold` is among them.
+        tiles: of each fold.
+        resources: of each worker.
+        storage: as there.
+    """
+    run_trial(spec, tiles=tiles[spec["parameters"]["fold"]], resources=resources, storage=storage)
+
+
+def enqueue(refits: optuna.Study, trials: Sequence[int], folds: int) -> None:
+    """Let the refits of some trials wait, as far as they are not known; those of others wait no longer."""
+    wanted = [[trial, fold] for trial in trials for fold in range(folds)]
+    for known in refits.get_trials(deepcopy=False):
+        if known.state in (TrialState.WAITING, TrialState.RUNNING) and _of(known) not in wanted:
+            # By the storage: `tell` refuses a trial that was never asked for.
+            refits._storage.set_trial_user_attr(known._trial_id, "reason", "no longer among the best")
+            refits._storage.set_trial_user_attr(known._trial_id, REFIT, None)
+            refits._storage.set_trial_state_values(known._trial_id, TrialState.FAIL)
+    known_refits = [_of(t) for t in refits.get_trials(deepcopy=False)]
+    for trial, fold in wanted:
+        if [trial, fold] not in known_refits:
+            refits.enqueue_trial({"trial": trial, "fold": fold}, user_attrs={REFIT: [trial, fold]})
+
+
+def waiting_trials(refits: optuna.Study) -> set[int]:
+    """Return the numbers of the search's trials of which refits wait."""
+    waiting = refits.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
+    return {_of(refit)[0] for refit in waiting}
+
+
+def failed(refits: optuna.Study) -> int:
+    """Return how many refits failed; of their configurations no ensemble can be made."""
+    ended = refits.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    return sum(bool(_of(refit)) for refit in ended)
+
+
+def candidates(refits: optuna.Study, study: optuna.Study, folds: int, most: int) -> list[Candidate]:
+    """Return the configurations of which every fold is done, the search's best first.
+
+    Args:
+        refits: the study of refits.
+        study: the search's.
+        folds: how many there are.
+        most: how many to return at most.
+    """
+    paths = {
+        tuple(_of(t)): checkpoint_of(t)
+        for t in refits.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    }
+    known = sorted({trial for trial, _ in paths})
+    trials = study.get_trials(deepcopy=False)
+    found = []
+    for trial in sorted(known, key=lambda number: -score(trials[number])):
+        places = [path for fold in range(folds) if (path := paths.get((trial, fold)))]
+        if len(places) == folds:
+            found.append(Candidate(trial, f"trial {trial}", tuple(map(Source, places))))
+    return found[:most]
+
+
+def _of(refit: FrozenTrial) -> list[int]:
+    """Return a refit's trial and fold; an empty list where it was given up."""
+    return refit.user_attrs.get(REFIT) or []

@@ -1,0 +1,105 @@
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from rich.console import Console
+
+from saltray import blend, checkpoint, refits, run, search
+from saltray.config import DEBUG
+from saltray.model import build_model
+from saltray.outoffold import Candidate, Source
+from saltray.plan import Plan
+from saltray.storage import Home, Mirror
+from saltray.study import Place, beside, create_study
+from saltray.trial import Tiles, WorkerResources
+from tests.runs import make_trial
+
+NOTHING: Any = None
+
+
+def make_job(folder: Path, scores: list[float], **settings: Any) -> blend.Job:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = create_study(Place(folder))
+    for number, score in enumerate(scores):
+        place = folder / f"trial{number}"
+        place.mkdir()
+        weights = build_model(DEBUG.model).state_dict()
+        checkpoint.save(place, weights, DEBUG, {}, snapshots=[weights] * (2 if number == 1 else 0))
+        study.add_trial(
+            make_trial(TrialState.COMPLETE, [score], checkpoint=str(place), hardware={"gpus": 1.0})
+        )
+    given = run.Settings(**{"data": "DIR", "space": "space.py", "trials": 3, **settings})
+    (folder / "logs").mkdir()
+    chosen = Plan(1, WorkerResources(1, 1, 1))
+    return blend.Job(NOTHING, Mirror(Home(folder)), given, study, NOTHING, chosen, time.monotonic())
+
+
+def test_without_folds_the_best_trials_and_their_snapshots_are_candidates(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [0.4, 0.6, 0.5], ensemble=2)
+    first, second = str(tmp_path / "trial1"), str(tmp_path / "trial2")
+    assert blend._kept(job) == [
+        Candidate(1, "trial 1", (Source(first),)),
+        Candidate(1, "trial 1, snapshot 1", (Source(first, 0),)),
+        Candidate(1, "trial 1, snapshot 2", (Source(first, 1),)),
+        Candidate(2, "trial 2", (Source(second),)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "settings", "over"),
+    [
+        ([0.4, 0.6, 0.5], {}, True),
+        ([0.4, 0.6], {}, False),  # cut off, by Ctrl-C or a budget
+        ([0.6, 0.4], {"patience": 1}, True),
+        ([0.4, 0.6], {"patience": 1}, False),
+    ],
+)
+def test_refits_wait_until_the_search_is_over(
+    tmp_path: Path, scores: list[float], settings: dict[str, Any], over: bool
+) -> None:
+    assert blend.is_over(make_job(tmp_path, scores, folds=2, **settings)) == over
+
+
+def run_refits(job: blend.Job, monkeypatch: pytest.MonkeyPatch, gone: float = 0) -> list[Any]:
+    """Run the refits, `gone` seconds after the search began; return the settings of those that were begun."""
+    begun: list[Any] = []
+    study = beside(job.study, "folds-2")
+    refits.enqueue(study, [1], 2)
+    monkeypatch.setattr(search, "run_search", lambda *arguments, **_: begun.append(arguments[5]))
+    monkeypatch.setattr(Tiles, "share", lambda *_: None)
+    monkeypatch.setattr(run, "nodes", lambda: [{"CPU": 2.0, "GPU": 1.0}])
+    later = replace(job, console=Console(quiet=True), started=time.monotonic() - gone)
+    blend._run(later, study, "folds-2", [NOTHING] * 2, [NOTHING] * 2)
+    return begun
+
+
+def test_refits_have_the_time_that_the_search_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(tmp_path, [0.4, 0.6, 0.5], folds=2, time_budget=100, patience=1)
+    (begun,) = run_refits(job, monkeypatch, gone=30)
+    assert 60 < begun.time_budget < 70.1
+    assert (begun.trials, begun.scheduler, begun.patience) == (2, "none", None)
+    assert run_refits(job, monkeypatch, gone=101) == []
+
+
+def test_refits_have_the_gpu_hours_that_the_search_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Three trials of one epoch, 30 seconds on a GPU each.
+    (begun,) = run_refits(make_job(tmp_path, [0.4, 0.6, 0.5], folds=2, gpu_hours=1), monkeypatch)
+    assert begun.gpu_hours == pytest.approx(1 - 90 / 3600)
+
+
+def test_the_end_table_tells_of_the_ensemble() -> None:
+    assert blend.in_words({}) == {}
+    assert "3 waiting, 1 failed" in blend.in_words({"waiting": 3, "failed": 1})["refits"]
+    facts: dict[str, Any] = {"models": 4, "folds": 2, "by_fold": [0.7, 0.8], "cross_fitted": 0.75}
+    facts |= {"spread": 0.0707, "in_sample": 0.77, "waiting": 0}
+    facts["candidates"] = [{"name": "trial 3", "weight": 1.0}, {"name": "trial 1", "weight": 0.0}]
+    told = blend.in_words(facts | {"pseudo_labels": {"finished": True, "used": False}})
+    assert told["ensemble"] == "4 models, by weight of trial 3 (1.00)"
+    assert "0.7500[/] ± 0.0707 cross-fitted on 2 folds, out of fold (0.7000, 0.8000)" in told["its mAP"]
+    assert told["pseudo-labels"].startswith("not used")
