@@ -225,6 +225,7 @@ def easy(files: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.timeout(900)
 def test_folds_ensemble_and_pseudo_labels_killed_and_resumed(
     start: type[Program], easy: Path, tmp_path: Path
 ) -> None:

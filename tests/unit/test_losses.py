@@ -249,7 +249,7 @@ def test_deep_supervision_ignores_pixels_and_tiles_of_which_nobody_knows_whether
     salt = (masks == 1).any(dim=2).any(dim=1)
     assert salt.tolist() == [True, False, False, False, True]
     assert (empty.grad != 0).tolist() == [True, False, False, True, True]
-    surely = empty.detach()
-    entropy = [math.log1p(math.exp(float(e))) for e in surely[salt]] + [math.log1p(math.exp(-float(surely[3])))]
+    known = empty.detach()
+    entropy = [math.log1p(math.exp(float(e))) for e in known[salt]] + [math.log1p(math.exp(-float(known[3])))]
     expected = sum(entropy) / 5 + float(LOSSES["bce_dice"](logits[salt], masks[salt]))
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
