@@ -73,7 +73,7 @@ def trivial_trial(spec: dict[str, Any], **_: Any) -> None:
     for epoch in range(1, epochs + 1):
         metrics = {"map": epoch / epochs, "best_map": epoch / epochs, "loss": 1.0, "learning_rate": 1e-3}
         speed = {"seconds": 1.0 + epoch / 1e3, "tiles_per_second": 1.0, "validation_tiles_per_second": 1.0}
-        more = {"epoch": epoch, "parameters": 1, "device": "none", "finished": epoch == epochs}
+        more = {"epoch": epoch, "parameters": 1, "device": "none", "workers": 1, "finished": epoch == epochs}
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "metrics.json").write_text("{}")
             tune.report(metrics | speed | more, checkpoint=tune.Checkpoint.from_directory(folder))

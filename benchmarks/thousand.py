@@ -66,7 +66,7 @@ def sleeping_trial(spec: dict[str, Any], **_: Any) -> None:
         score = spec["config"]["model"]["dropout"]
         speed = {"seconds": EPOCH_SECONDS + epoch / 1e3, "tiles_per_second": 1.0}
         row = {"epoch": epoch, "map": score, "best_map": score, "loss": 1.0, "learning_rate": 1e-3}
-        more = {"validation_tiles_per_second": 1.0, "parameters": 1, "device": "none"}
+        more = {"validation_tiles_per_second": 1.0, "parameters": 1, "device": "none", "workers": 1}
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "metrics.json").write_text("{}")
             checkpoint = tune.Checkpoint.from_directory(folder)

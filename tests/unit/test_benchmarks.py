@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,11 @@ from benchmarks import rows, table
 from benchmarks.rows import Goal, Row, at_least, at_most
 from saltray.config import UserError
 
-ENVIRONMENT = {"command": "python -m benchmarks", "started": "2026-11-22T10:00:00+00:00", "machine": "Linux"}
+ENVIRONMENT: dict[str, Any] = {
+    "command": "python -m benchmarks",
+    "started": "2026-11-22T10:00:00+00:00",
+    "machine": "Linux",
+}
 ENVIRONMENT |= {"cpu": "a CPU", "gpu": None, "python": "3.11", "versions": {"ray": "2.60.0"}, "commit": "abc"}
 
 
@@ -35,9 +40,15 @@ def test_what_was_not_measured_is_not_missed() -> None:
 
 def test_two_programs_take_turns() -> None:
     calls: list[str] = []
-    ours, peer = rows.interleaved(
-        lambda: calls.append("a") or float(len(calls)), lambda: calls.append("b") or float(len(calls)), 3
-    )
+
+    def program(name: str) -> Callable[[], float]:
+        def run() -> float:
+            calls.append(name)
+            return float(len(calls))
+
+        return run
+
+    ours, peer = rows.interleaved(program("a"), program("b"), 3)
     assert "".join(calls) == "abbaab"
     assert (ours, peer) == ([1, 4, 5], [2, 3, 6])
 
