@@ -39,7 +39,7 @@ GROUPS = {
     "metric": Group("scoring", 60),
     "start": Group("starting", 360),
     "trial": Group("trials", 180),
-    "training": Group("training", 480),
+    "training": Group("training", 720),
     "gpu": Group("gpu", 600),
     "search": Group("searching", 600),
     "thousand": Group("thousand", 600),
