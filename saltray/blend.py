@@ -37,7 +37,6 @@ from saltray.folds import Data
 from saltray.outoffold import Candidate, Source
 from saltray.plan import Plan, plan
 from saltray.study import (
-    beside,
     best_trials,
     checkpoint_of,
     count,
@@ -146,7 +145,7 @@ def _refit_best(job: Job, parts: Sequence[ray.data.Dataset]) -> optuna.Study:
 
 def _beside(job: Job, name: str) -> optuna.Study:
     with run.quiet(job.mirror.home.folder / "logs" / "refits.log"):
-        return beside(job.study, name)
+        return refits.beside(job.study, name)
 
 
 def _run(

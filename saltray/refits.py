@@ -21,11 +21,28 @@ from saltray import checkpoint
 from saltray.config import TrialConfig
 from saltray.outoffold import Candidate, Source
 from saltray.space import Space
-from saltray.study import checkpoint_of, score
+from saltray.study import checkpoint_of, name_metrics, score
 from saltray.trial import Tiles, WorkerResources, run_trial
 
 REFIT = "refit"
 """User attribute of a refit: the number of the search's trial, and the fold."""
+
+
+def beside(study: optuna.Study, name: str) -> optuna.Study:
+    """Open a study of refits in the database of a search's, or create it.
+
+    Args:
+        study: of the search.
+        name: is put behind the search's own.
+    """
+    other = optuna.create_study(
+        storage=study._storage,
+        study_name=f"{study.study_name} {name}",
+        directions=["maximize"],
+        load_if_exists=True,
+    )
+    name_metrics(other)
+    return other
 
 
 def config_of(trial: FrozenTrial) -> TrialConfig:

@@ -177,28 +177,12 @@ def create_study(place: Place, objective: Objective = "map", space: str = "") ->
     )
     for name, value in {"format": FORMAT, "space": space}.items():
         study.set_user_attr(name, value)
-    _name_metrics(study)
+    name_metrics(study)
     return study
 
 
-def beside(study: optuna.Study, name: str) -> optuna.Study:
-    """Open a further study of the validation mAP in the same database, or create it.
-
-    Args:
-        study: of a run.
-        name: is put behind the study's own.
-    """
-    other = optuna.create_study(
-        storage=study._storage,
-        study_name=f"{study.study_name} {name}",
-        directions=["maximize"],
-        load_if_exists=True,
-    )
-    _name_metrics(other)
-    return other
-
-
-def _name_metrics(study: optuna.Study) -> None:
+def name_metrics(study: optuna.Study) -> None:
+    """Tell a study's database what its values are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names(METRICS[objective_of(study)])
@@ -231,7 +215,7 @@ def _load(place: Place, storage: RDBStorage) -> optuna.Study:
     if version > FORMAT:
         raise StudyError(f"{place}: written by a newer saltray (format {version}); update saltray")
     if study.metric_names is None and not study.get_trials(deepcopy=False):
-        _name_metrics(study)  # its maker was cut off
+        name_metrics(study)  # its maker was cut off
     if study.metric_names not in METRICS.values():
         held = ", ".join(study.metric_names or ["an unnamed one"])
         raise StudyError(f"{place}: a study of another metric ({held}); saltray's is {METRICS['map'][0]}")

@@ -99,7 +99,7 @@ def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources,
 
     Args:
         spec: `config` (nested dict of a TrialConfig), `number`, `resume` (checkpoints to go on from, the
-            newest first; paths or URIs), and `parameters`, what the study drew.
+            newest first; paths or URIs), and `parameters` (what the study drew).
         tiles: shared by all trials.
         resources: of each worker.
         storage: folder or URI below which the checkpoints of several workers go.

@@ -14,7 +14,7 @@ from saltray.model import build_model
 from saltray.outoffold import Candidate, Source
 from saltray.plan import Plan
 from saltray.storage import Home, Mirror
-from saltray.study import Place, beside, create_study
+from saltray.study import Place, create_study
 from saltray.trial import Tiles, WorkerResources
 from tests.runs import make_trial
 
@@ -67,7 +67,7 @@ def test_refits_wait_until_the_search_is_over(
 def run_refits(job: blend.Job, monkeypatch: pytest.MonkeyPatch, gone: float = 0) -> list[Any]:
     """Run the refits, `gone` seconds after the search began; return the settings of those that were begun."""
     begun: list[Any] = []
-    study = beside(job.study, "folds-2")
+    study = refits.beside(job.study, "folds-2")
     refits.enqueue(study, [1], 2)
     monkeypatch.setattr(search, "run_search", lambda *arguments, **_: begun.append(arguments[5]))
     monkeypatch.setattr(Tiles, "share", lambda *_: None)

@@ -8,7 +8,7 @@ from saltray import checkpoint, refits, search
 from saltray.config import DEBUG, OptimConfig, SearchConfig, TrialConfig
 from saltray.model import build_model
 from saltray.outoffold import Candidate, Source
-from saltray.study import Place, beside, count, create_study, load_study, requeue
+from saltray.study import Place, count, create_study, load_study, requeue
 from saltray.trial import WorkerResources
 from tests.runs import make_trial
 from tests.unit.studies import result
@@ -38,7 +38,7 @@ def finish(searching: search.StudySearch, name: str, path: Path) -> None:
 
 
 def test_a_refit_has_its_trials_configuration_but_nothing_chosen_on_its_fold(study: optuna.Study) -> None:
-    refit_study = beside(study, "folds-2")
+    refit_study = refits.beside(study, "folds-2")
     refits.enqueue(refit_study, [2, 0], 2)
     searching = searcher(refit_study)
     specs = [searching.suggest(name) for name in "abcd"]
@@ -55,7 +55,7 @@ def test_a_refit_has_its_trials_configuration_but_nothing_chosen_on_its_fold(stu
 def test_refits_that_are_known_are_not_asked_again_and_others_no_longer(
     study: optuna.Study, tmp_path: Path
 ) -> None:
-    refit_study = beside(study, "folds-2")
+    refit_study = refits.beside(study, "folds-2")
     refits.enqueue(refit_study, [2, 0], 2)
     refits.enqueue(refit_study, [2, 0], 2)
     assert count(refit_study).waiting == 4
@@ -85,7 +85,7 @@ def test_refits_that_are_known_are_not_asked_again_and_others_no_longer(
 
 
 def test_a_killed_refit_goes_on_from_its_last_epoch(study: optuna.Study, tmp_path: Path) -> None:
-    refit_study = beside(study, "folds-2")
+    refit_study = refits.beside(study, "folds-2")
     refits.enqueue(refit_study, [0], 2)
     before = searcher(refit_study)
     before.suggest("a")
@@ -94,15 +94,15 @@ def test_a_killed_refit_goes_on_from_its_last_epoch(study: optuna.Study, tmp_pat
     before.on_trial_result("b", result(1, 0.3))
     before.record_checkpoint("b", str(tmp_path))
     del before
-    after = beside(load_study(tmp_path), "folds-2")
+    after = refits.beside(load_study(tmp_path), "folds-2")
     requeue(after)
     refits.enqueue(after, [0], 2)
     assert count(after).waiting == 1
-    assert searcher(after).suggest("x") == {**cut, "resume": str(tmp_path)}
+    assert searcher(after).suggest("x") == {**cut, "resume": [str(tmp_path)]}
 
 
 def test_candidates_are_whole_and_the_searchs_best_come_first(study: optuna.Study, tmp_path: Path) -> None:
-    refit_study = beside(study, "folds-2")
+    refit_study = refits.beside(study, "folds-2")
     refits.enqueue(refit_study, [0, 2], 2)
     searching = searcher(refit_study)
     for name in ("a", "b", "c", "d"):
