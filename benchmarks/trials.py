@@ -25,7 +25,7 @@ def space(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
 
 
 def measure() -> list[Row]:
-    """Run trials one after another; the whole of one is an upper bound of what it costs beside its training."""
+    """Run trials one after another; the whole of one bounds what it costs beside its training."""
     tiles = synthetic(TRAINING + VALIDATION)
     training, validation = tiles.part(0, TRAINING), tiles.part(TRAINING, len(tiles))
     run.connect(None, cpus=2)
