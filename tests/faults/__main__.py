@@ -16,7 +16,8 @@ from typing import Any
 
 from saltray import run
 from tests.cluster.hosts import hosts, missing
-from tests.faults.injected import FAULTS, Bench
+from tests.faults.bench import Bench
+from tests.faults.injected import FAULTS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
