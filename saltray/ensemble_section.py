@@ -33,11 +33,14 @@ def add(page: Page, found: Findings) -> None:
     if "not_taken" in other:
         which = "without" if other["used"] else "with"
         page.table(_candidates(other["not_taken"]), f"The same of the ensemble {which} pseudo-labels.")
-    page.figure(
-        _path(facts["path"]),
-        "The greedy selection, from the best single candidate on: each step adds the one with which the mean "
-        "probability scores best, on the tiles that choose. It ended where no addition helped.",
-    )
+    if len(facts["path"]) > 1:
+        page.figure(
+            _path(facts["path"]),
+            "The greedy selection, from the best single candidate on: each step adds the one with which the "
+            "mean probability scores best, on the tiles that choose. It ended where no addition helped.",
+        )
+    else:
+        page.note("The greedy selection ended with the best single candidate: no addition helped.")
 
 
 def _lead(facts: dict[str, Any]) -> str:
