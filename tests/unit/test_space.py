@@ -15,7 +15,7 @@ def write_space(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["unet", "resunet", "demo", "scratch", "pretrained"])
+@pytest.mark.parametrize("name", ["unet", "resunet", "demo", "scratch", "pretrained", "laptop"])
 def test_bundled_spaces_are_good_and_begin_with_the_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "load_weights", lambda *_: None)  # their packages are optional
     loaded = space.load(SPACES / f"{name}.py")
