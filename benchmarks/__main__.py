@@ -2,8 +2,8 @@
 
 Each group of rows runs in a process of its own with a time limit, so that one that fails or hangs is shown
 as failed and the others go on. The table goes to the terminal and to `benchmarks/SPEED.md`, every single
-figure to `benchmarks/results/speed.json`; both compare with the last committed run. Under 15 minutes on two
-cores that do nothing else.
+figure to `benchmarks/results/speed.json`; both compare with the last committed run. It is to take less
+than 15 minutes on two cores that do nothing else, and takes more yet.
 """
 
 import importlib
