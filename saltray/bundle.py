@@ -141,6 +141,22 @@ _SPLIT = {
 }
 
 
+def origin_of(bundle: Path) -> dict[str, str]:
+    """Return what a model card tells of the run that a bundle in its folder comes from."""
+    known = run.read(bundle.parent)
+    settings, session = known["settings"], known["sessions"][-1]
+    return {
+        "name": bundle.parent.name,
+        "data": Path(settings["data"].rstrip("/")).name,
+        "fingerprint": known["tiles"],
+        "seed": settings["seed"],
+        "command": session["command"],
+        "machine": session["machine"],
+        "versions": ", ".join([f"Python {session['python']}", *map(" ".join, session["versions"].items())]),
+        "commit": session["commit"] or "unknown",
+    }
+
+
 def write_card(bundle: Path) -> None:
     """Write the model card, a README.md as the Hugging Face Hub reads it.
 
@@ -149,16 +165,11 @@ def write_card(bundle: Path) -> None:
             `tiles` (`describe_tiles`) among its metrics.
     """
     config, metrics = checkpoint.load_config(bundle), checkpoint.load_metrics(bundle)
-    known = run.read(bundle.parent)
-    settings, session = known["settings"], known["sessions"][-1]
-    chosen = stored_postprocessing(bundle)
+    settings, chosen = run.read(bundle.parent)["settings"], stored_postprocessing(bundle)
     text = _CARD.format(
-        name=bundle.parent.name,
+        **origin_of(bundle),
         architecture=config.model.architecture,
         parameters=count_parameters(checkpoint.load_model(bundle)),
-        data=Path(settings["data"].rstrip("/")).name,
-        fingerprint=known["tiles"],
-        seed=settings["seed"],
         **_SPLIT[settings.get("split", "coverage")],
         threshold=chosen.threshold,
         also="".join(f", {words}" for words in also(chosen)),
@@ -168,10 +179,6 @@ def write_card(bundle: Path) -> None:
         score=metrics["validation_map"],
         **metrics["tiles"],
         config=json.dumps(config.to_dict(), indent=2),
-        command=session["command"],
-        machine=session["machine"],
-        versions=", ".join([f"Python {session['python']}", *map(" ".join, session["versions"].items())]),
-        commit=session["commit"] or "unknown",
     )
     if (bundle / ONNX).is_file():
         text += _ONNX_USE.format(
@@ -220,7 +227,32 @@ def _program(config: TrialConfig, chosen: Postprocessing) -> str:
     return "\n".join(lines)
 
 
-_CARD = """---
+METRIC = """\
+The metric is that of Kaggle's TGS Salt Identification Challenge: per tile the share of the IoU thresholds
+0.50, 0.55 .. 0.95 that the prediction passes, 1 where truth and prediction are both empty, 0 where only one
+is; then the mean over the tiles."""
+
+LIMITS = """\
+- The contest's own tiles were cut from shared mosaics. {neighbours}; other surveys were not seen at all.
+- Not to be used alone where a wrong salt boundary costs money or safety.
+"""
+
+ORIGIN = """\
+- command: `{command}`
+- machine of the search: {machine}
+- versions: {versions}
+- saltray's commit: {commit}
+
+## Use
+
+With saltray, this folder alone segments a folder of tiles in the contest's layout:
+
+    python -m saltray.predict THIS_FOLDER --data DIR --out submission.csv
+"""
+"""What every model card says of the metric, of its limits, and of where it comes from (`origin_of`)."""
+
+_CARD = (
+    """---
 library_name: saltray
 pipeline_tag: image-segmentation
 tags: [seismic, salt, segmentation, pytorch, u-net]
@@ -247,9 +279,9 @@ validation tiles.
 
 ## Score
 
-The metric is that of Kaggle's TGS Salt Identification Challenge: per tile the share of the IoU thresholds
-0.50, 0.55 .. 0.95 that the prediction passes, 1 where truth and prediction are both empty, 0 where only one
-is; then the mean over the tiles.
+"""
+    + METRIC
+    + """
 
 | on the {validation:,} validation tiles | score |
 |---|---|
@@ -261,9 +293,9 @@ How far to trust it:
 
 - The epoch, the trial and what is done to the prediction were chosen on these same validation tiles, so
   both scores are a little too high for new tiles.
-- The contest's own tiles were cut from shared mosaics. {neighbours}; other surveys were not seen at all.
-- Not to be used alone where a wrong salt boundary costs money or safety.
-
+"""
+    + LIMITS
+    + """
 ## Data
 
 {training:,} training and {validation:,} validation tiles of `{data}`: fold 0 of five folds stratified by salt
@@ -275,17 +307,9 @@ coverage{together}, seed {seed}. First digits of the SHA-256 of labels and split
 {config}
 ```
 
-- command: `{command}`
-- machine of the search: {machine}
-- versions: {versions}
-- saltray's commit: {commit}
-
-## Use
-
-With saltray, this folder alone segments a folder of tiles in the contest's layout:
-
-    python -m saltray.predict THIS_FOLDER --data DIR --out submission.csv
 """
+    + ORIGIN
+)
 
 _ONNX_USE = """
 With [ONNX Runtime](https://onnxruntime.ai), `model.onnx` takes float32 images (n, 1, 101, 101), grey values

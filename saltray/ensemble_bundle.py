@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saltray import checkpoint, members, run
-from saltray.bundle import CARD, also, begin
+from saltray.bundle import CARD, LIMITS, METRIC, ORIGIN, also, begin, origin_of
 from saltray.config import TrialConfig
 from saltray.inference import Model, stored_postprocessing
 from saltray.metrics import Postprocessing
@@ -50,15 +50,14 @@ def write_card(bundle: Path) -> None:
         bundle: `ensemble.new/` in a run's folder, as `stage` leaves it.
     """
     facts, chosen = checkpoint.load_metrics(bundle), stored_postprocessing(bundle)
-    known = run.read(bundle.parent)
-    settings, session = known["settings"], known["sessions"][-1]
+    settings = run.read(bundle.parent)["settings"]
     rows = [
         f"| {c['name']} | {c['weight']:.3f} | {sum(c['by_fold']) / len(c['by_fold']):.4f} |"
         for c in facts["candidates"]
         if c["weight"]
     ]
     text = _CARD.format(
-        name=bundle.parent.name,
+        **origin_of(bundle),
         models=facts["models"],
         rows="\n".join(rows),
         judged=_OUT_OF_FOLD.format(folds=facts["folds"]) if facts["folds"] else _ON_VALIDATION,
@@ -68,13 +67,6 @@ def write_card(bundle: Path) -> None:
         spread=facts["spread"],
         threshold=chosen.threshold,
         also="".join(f", {words}" for words in also(chosen)),
-        data=Path(settings["data"].rstrip("/")).name,
-        fingerprint=known["tiles"],
-        seed=settings["seed"],
-        command=session["command"],
-        machine=session["machine"],
-        versions=", ".join([f"Python {session['python']}", *map(" ".join, session["versions"].items())]),
-        commit=session["commit"] or "unknown",
     )
     (bundle / CARD).write_text(text)
 
@@ -90,7 +82,8 @@ _NEIGHBOURS = {
     "neighbours": "Neighbours that could be told by\n  their edges share a fold",
 }
 
-_CARD = """---
+_CARD = (
+    """---
 library_name: saltray
 pipeline_tag: image-segmentation
 tags: [seismic, salt, segmentation, pytorch, u-net, ensemble]
@@ -108,9 +101,9 @@ configurations (Caruana et al. 2004).
 
 ## Score
 
-The metric is that of Kaggle's TGS Salt Identification Challenge: per tile the share of the IoU thresholds
-0.50, 0.55 .. 0.95 that the prediction passes, 1 where truth and prediction are both empty, 0 where only one
-is; then the mean over the tiles. {judged}
+"""
+    + METRIC
+    + """ {judged}
 
 | as this ensemble is used: at probability {threshold:.2f}{also} | score |
 |---|---|
@@ -122,21 +115,13 @@ Cross-fitted: each fold is scored with the members and the postprocessing that t
 How far to trust it:
 
 - The search itself chose its configurations on one split of these tiles, which flatters a little.
-- The contest's own tiles were cut from shared mosaics. {neighbours}; other surveys were not seen at all.
-- Not to be used alone where a wrong salt boundary costs money or safety.
-
+"""
+    + LIMITS
+    + """
 ## Data and training
 
 - tiles: `{data}`; first digits of the SHA-256 of labels and split: `{fingerprint}`; seed {seed}
 - configurations: `config.json` in each folder of `members/`
-- command: `{command}`
-- machine of the search: {machine}
-- versions: {versions}
-- saltray's commit: {commit}
-
-## Use
-
-With saltray, this folder alone segments a folder of tiles in the contest's layout:
-
-    python -m saltray.predict THIS_FOLDER --data DIR --out submission.csv
 """
+    + ORIGIN
+)

@@ -38,7 +38,7 @@ def split(labelled: ray.data.Dataset, fold: pd.Series) -> list[ray.data.Dataset]
 
     Args:
         labelled: materialized, of decoded tiles.
-        fold: of each tile, from 0, by its row (`splitting.assign_folds`).
+        fold: of each tile, from 0, by its row (`splitting.stratified_folds`).
     """
     parts = []
     for number in range(int(fold.max()) + 1):

@@ -37,12 +37,24 @@ Models = Sequence[Model] | ray.ObjectRef[list[Model]]
 """Models, or where they lie in the object store, for many actors to share."""
 
 
+def fetch(models: Models) -> Sequence[Model]:
+    """Return the models themselves."""
+    if not isinstance(models, ray.ObjectRef):
+        return models
+    found: list[Model] = ray.get(models)
+    return found
+
+
 def load_models(folder: Path) -> list[Model]:
     """Read the models of a checkpoint or of an ensemble's folder; raises CheckpointError."""
     return [
         Model(checkpoint.load_config(m.folder).to_dict(), checkpoint.load_weights(m.folder), m.weight)
         for m in members.read(folder)
     ]
+
+
+_View = tuple[torch.Tensor, torch.Tensor | None, float]
+"""A model's logits, those of the mirrored tile (mirrored back) where there are any, and the model's share."""
 
 
 class Predictor:
@@ -53,8 +65,7 @@ class Predictor:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(threads)
-        models = ray.get(models) if isinstance(models, ray.ObjectRef) else models
-        self.networks = [(*self._build(model), model.share) for model in models]
+        self.networks = [(*self._build(model), model.share) for model in fetch(models)]
 
     def _build(self, model: Model) -> tuple[EncoderDecoder, torch.dtype | None]:
         trial = TrialConfig.from_dict(model.config)
@@ -62,7 +73,6 @@ class Predictor:
         network.load_state_dict(model.weights)
         return network.to(self.device).eval(), autocast_dtype(trial.precision, self.device)
 
-    @torch.inference_mode()
     def logits(self, batch: Batch, tta: bool = False) -> npt.NDArray[np.float32]:
         """Map `image`, uint8 (tiles, h, w), and the depth `z` to float32 logits (tiles, h, w).
 
@@ -70,19 +80,40 @@ class Predictor:
         probabilities, not of their logits: logits have no bound, and one that is very sure would overrule the
         others.
         """
+        return _joined(self._views(batch, tta))
+
+    def logits_of_both(self, batch: Batch) -> list[npt.NDArray[np.float32]]:
+        """Return `logits` without test-time augmentation and with it."""
+        views = self._views(batch, tta=True)
+        return [_joined([(plain, None, share) for plain, _, share in views]), _joined(views)]
+
+    @torch.inference_mode()
+    def _views(self, batch: Batch, tta: bool) -> list[_View]:
         # A copy: blocks of the object store are read-only, which torch does not know of.
         x = to_input(torch.from_numpy(batch["image"].copy()), self.device)
         depth = torch.from_numpy(batch["z"].copy()).to(self.device)
-        views = []
+        views: list[_View] = []
         for network, amp, share in self.networks:
             with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
-                views.append((network(x, depth).float(), share / (1 + tta)))
-                if tta:
-                    views.append((network(x.flip(3), depth).float().flip(2), share / 2))
-        y = views[0][0]
-        if len(views) > 1:
-            y = torch.logit(sum((v.sigmoid() * share for v, share in views), torch.zeros_like(y)), eps=1e-6)
-        return np.asarray(y.cpu().numpy(), np.float32)
+                plain = network(x, depth).float()
+                mirrored = network(x.flip(3), depth).float().flip(2) if tta else None
+            views.append((plain, mirrored, share))
+        return views
+
+
+@torch.inference_mode()
+def _joined(views: list[_View]) -> npt.NDArray[np.float32]:
+    """Return the logits of the mean probability of all models and views."""
+    parts = []
+    for plain, mirrored, share in views:
+        if mirrored is None:
+            parts.append((plain, share))
+        else:
+            parts += [(plain, share / 2), (mirrored, share / 2)]
+    y = parts[0][0]
+    if len(parts) > 1:
+        y = torch.logit(sum((v.sigmoid() * share for v, share in parts), torch.zeros_like(y)), eps=1e-6)
+    return np.asarray(y.cpu().numpy(), np.float32)
 
 
 class Calibrator(Predictor):
@@ -91,7 +122,7 @@ class Calibrator(Predictor):
     def __call__(self, batch: Batch) -> Batch:
         """Map tiles to the arguments of `metrics.choose_postprocessing`; `id` and `z` are passed on."""
         truth = batch["mask"] > 0
-        counts = [metrics.overlap_by_threshold(self.logits(batch, tta), truth) for tta in (False, True)]
+        counts = [metrics.overlap_by_threshold(y, truth) for y in self.logits_of_both(batch)]
         return {
             "id": batch["id"],
             "z": batch["z"],

@@ -60,14 +60,13 @@ class Prober:
 
     def __init__(self, models: Models, threads: int) -> None:
         """Build the models."""
-        models = ray.get(models) if isinstance(models, ray.ObjectRef) else models
-        self.predictors = [Predictor([model], threads) for model in models]
+        self.predictors = [Predictor([model], threads) for model in inference.fetch(models)]
 
     def __call__(self, batch: Batch) -> Batch:
         """Map labelled tiles to `probability`, uint8 (tiles, models, 2, h, w) without and with the mirrored
         tile, `truth`, bool (tiles, h, w), and `coverage`.
         """
-        views = [[inference.as_bytes(p.logits(batch, tta)) for tta in (False, True)] for p in self.predictors]
+        views = [[inference.as_bytes(y) for y in p.logits_of_both(batch)] for p in self.predictors]
         probability = np.array(views).transpose(2, 0, 1, 3, 4)
         return {"probability": probability, "truth": batch["mask"] > 0, "coverage": batch["coverage"]}
 

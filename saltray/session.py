@@ -192,10 +192,11 @@ def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str
     with console.status("reading and checking the tiles"), run.quiet(None):
         folder = dataset.open_folder(settings.data)
         train, test = dataset.read_train(folder), dataset.read_test(folder)
-        fold = splitting.assign_folds(train, splitting.FOLDS, settings.seed, settings.split)
+        coverage, groups = train.rows["coverage"], splitting.read_groups(train, settings.split)
+        fold = splitting.stratified_folds(coverage, splitting.FOLDS, settings.seed, groups)
         refold = None
         if settings.folds is not None:  # too few tiles for them are told before the search, not after it
-            assigned = splitting.assign_folds(train, settings.folds, settings.seed, settings.split)
+            assigned = splitting.stratified_folds(coverage, settings.folds, settings.seed, groups)
             refold = pd.Series(assigned, index=train.rows["row"])
         parts, problems = [], train.problems | test.problems
         for table in (train.where(fold != 0), train.where(fold == 0), test):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -32,18 +33,15 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
-def assign_folds(table: Table, folds: int, seed: int, split: Split) -> Ints:
-    """Assign each of a table's labelled tiles a fold; see `stratified_folds`.
+def read_groups(table: Table, split: Split) -> Ints | None:
+    """Decode a table's labelled tiles and tell which of them must share a fold; None where none must.
 
-    With the split `neighbours` the images are decoded for it; one that cannot be read has no neighbours.
+    An image that cannot be read has no neighbours.
     """
     if split == "coverage":
-        return stratified_folds(table.rows["coverage"], folds, seed)
+        return None
     tiles, _ = decode_local(table)
-    place = {row: i for i, row in enumerate(table.rows["row"])}
-    rows = np.array([place[row] for row in tiles["row"]], np.int64)
-    pairs = rows[find_neighbours(tiles["image"])]
-    return stratified_folds(table.rows["coverage"], folds, seed, groups_of(len(table.rows), pairs))
+    return groups_in(table, tiles["row"], find_neighbours(tiles["image"]))
 
 
 def stratified_folds(
@@ -90,6 +88,17 @@ def stratified_folds(
     for fold, (_, members) in enumerate(splitter.split(coverage, classes, groups)):
         result[members] = fold
     return result
+
+
+def groups_in(table: Table, rows: Ints, pairs: Ints) -> Ints:
+    """Number the groups of a table's tiles, int64 (tiles,).
+
+    Args:
+        table: of all tiles.
+        rows: by which the table knows the tiles that were compared.
+        pairs: (n, 2), positions among those.
+    """
+    return groups_of(len(table.rows), pd.Index(table.rows["row"]).get_indexer(rows)[pairs])
 
 
 def groups_of(tiles: int, pairs: Ints) -> Ints:

@@ -46,12 +46,15 @@ def read(uri: str, seed: int, split: Split = "coverage") -> Survey:
     train, test = dataset.read_train(folder), dataset.read_test(folder)
     problems = train.problems | test.problems
     _check_number(len(train.rows), splitting.FOLDS, problems, uri)
-    # The split comes before the pictures, as in a search: a tile that proves damaged moves no other.
-    fold = pd.Series(splitting.assign_folds(train, splitting.FOLDS, seed, split), index=train.rows["row"])
     tiles, bad = dataset.decode_local(train)
     test_tiles, test_bad = dataset.decode_local(test)
     problems |= bad | test_bad
     _check_number(len(tiles["id"]), 1, problems, uri)
+    neighbours = splitting.find_neighbours(tiles["image"])
+    # Of the whole table, as in a search: a tile that proves damaged moves no other.
+    groups = splitting.groups_in(train, tiles["row"], neighbours) if split == "neighbours" else None
+    assigned = splitting.stratified_folds(train.rows["coverage"], splitting.FOLDS, seed, groups)
+    fold = pd.Series(assigned, index=train.rows["row"])
     pixels = tiles["mask"].sum(axis=(1, 2), dtype=np.int64)
     labelled = pd.DataFrame({"id": tiles["id"].astype(str), "z": tiles["z"], "pixels": pixels})
     labelled["coverage"] = pixels / TILE**2
@@ -63,7 +66,7 @@ def read(uri: str, seed: int, split: Split = "coverage") -> Survey:
         test=pd.DataFrame({"id": test_tiles["id"].astype(str), "z": test_tiles["z"]}),
         test_images=test_tiles["image"],
         problems=problems,
-        neighbours=splitting.find_neighbours(tiles["image"]),
+        neighbours=neighbours,
     )
 
 

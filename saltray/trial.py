@@ -163,8 +163,10 @@ def cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _place_among_workers() -> tuple[int, int]:
+def _place_among_workers(resources: WorkerResources) -> tuple[int, int]:
     """Return this worker's rank and how many there are; of elastic ones, now."""
+    if resources.workers == 1:  # inside Tune's actor, Ray Train's context is not to be asked
+        return 0, 1
     context = train.get_context()
     return context.get_world_rank(), context.get_world_size()
 
@@ -173,8 +175,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
     """Train on this worker's share of the tiles."""
     config = TrialConfig.from_dict(spec["config"])
     alone = resources.workers == 1
-    # Inside Tune's actor, Ray Train's context is not to be asked.
-    rank, world = (0, 1) if alone else _place_among_workers()
+    rank, world = _place_among_workers(resources)
     share = tiles.shares[world][rank]
     torch.set_num_threads(max(1, round(resources.cpus)))
     batch_size = max(1, config.batch_size // world)

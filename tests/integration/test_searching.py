@@ -57,6 +57,19 @@ def run_search(folder: Path, tiles: Tiles, chosen: Plan = ONE, **options: Any) -
     return study
 
 
+class Interrupter(tune.Callback):
+    """Ctrl-C when the trial of that number reports the epoch: it is killed in mid-training."""
+
+    def __init__(self, epoch: int, number: int = 0) -> None:
+        self.place = number, epoch
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+    ) -> None:
+        if (trial.config["number"], result["epoch"]) == self.place:
+            signal.raise_signal(signal.SIGINT)
+
+
 def reported_epochs(study: Any) -> list[list[int]]:
     return [sorted(t.intermediate_values) for t in study.trials]
 
@@ -101,16 +114,9 @@ def test_a_finished_search_is_extended_and_repeats_nothing(tiles: Tiles, tmp_pat
 def test_ended_trials_keep_their_weights_alone_and_tensorboard_shows_all(
     tiles: Tiles, tmp_path: Path
 ) -> None:
-    class Interrupter(tune.Callback):
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
-        ) -> None:
-            if (trial.config["number"], result["epoch"]) == (1, 3):
-                signal.raise_signal(signal.SIGINT)
-
     study = create_study(Place(tmp_path))
     with tracking.TensorBoard(tmp_path / "tensorboard", study) as board:
-        run_search(tmp_path, tiles, trials=2, epochs=4, callbacks=[board, Interrupter()])
+        run_search(tmp_path, tiles, trials=2, epochs=4, callbacks=[board, Interrupter(3, number=1)])
     kept = sorted(p.name for p in (tmp_path / "trials").glob("session-01/0001/checkpoint_*/training.pt"))
     assert kept, "a trial that was cut off must be able to go on"
     with tracking.TensorBoard(tmp_path / "tensorboard", study) as board:
@@ -193,16 +199,6 @@ def test_time_budget_cuts_trials_off_and_they_go_on_later(
 
 
 def test_a_damaged_checkpoint_costs_one_epoch(tiles: Tiles, tmp_path: Path) -> None:
-    class Interrupter(tune.Callback):
-        def __init__(self, epoch: int) -> None:
-            self.epoch = epoch
-
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
-        ) -> None:
-            if result["epoch"] == self.epoch:
-                signal.raise_signal(signal.SIGINT)
-
     study = run_search(tmp_path, tiles, trials=1, epochs=1000, callbacks=[Interrupter(4)])
     trial = study.trials[0]
     newest = Path(trial.user_attrs["checkpoint"])
@@ -249,16 +245,9 @@ def test_elastic_workers_are_as_many_as_there_is_room_for(tiles: Tiles, tmp_path
 
 
 def test_two_workers_cut_off_leak_no_placement_group(tiles: Tiles, tmp_path: Path) -> None:
-    class Interrupter(tune.Callback):
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
-        ) -> None:
-            if result["epoch"] == 2:
-                signal.raise_signal(signal.SIGINT)  # Ctrl-C: the trial is killed in mid-training
-
     two = Tiles.share(*tiles.shares[1][0], 2)
     chosen = Plan(1, WorkerResources(2, 1, 0))
-    study = run_search(tmp_path, two, chosen, trials=1, epochs=1000, callbacks=[Interrupter()])
+    study = run_search(tmp_path, two, chosen, trials=1, epochs=1000, callbacks=[Interrupter(2)])
     assert count(study).waiting == 1
     assert 2 <= len(study.trials[0].intermediate_values) < 1000
     assert wait_for(lambda: not leaked_groups(), 60)

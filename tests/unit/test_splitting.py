@@ -11,9 +11,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from saltray import dataset, demo, splitting
-from saltray.config import TILE
+from saltray.config import TILE, Split
 from saltray.dataset import DataError
-from saltray.splitting import assign_folds, find_neighbours, groups_of, stratified_folds
+from saltray.splitting import find_neighbours, groups_of, read_groups, stratified_folds
 
 
 def spread(values: npt.NDArray[np.generic] | list[int]) -> int:
@@ -72,6 +72,9 @@ def test_too_few_tiles_are_refused(tiles: int) -> None:
         stratified_folds(np.full(tiles, 0.5), 5, seed=0)
 
 
+SPLITS: tuple[Split, ...] = ("coverage", "neighbours")
+
+
 def mosaic(rng: np.random.Generator, rows: int, columns: int) -> npt.NDArray[np.uint8]:
     """Cut a layered picture into tiles, row by row, each stretched to a contrast of its own."""
     picture = gaussian_filter(rng.normal(size=(rows * TILE, columns * TILE)), (2, 6))
@@ -126,8 +129,9 @@ def test_a_searchs_split_keeps_neighbours_together_bad_tiles_aside(tmp_path: Pat
         Image.fromarray(pixels).save(folder / "train" / "images" / f"train{7 * i:06d}.png")
     (folder / "train" / "images" / "train000001.png").write_bytes(b"no picture")
     table = dataset.read_train(dataset.open_folder(str(folder)))
-    apart = assign_folds(table, 5, 0, "coverage")
-    together = assign_folds(table, 5, 0, "neighbours")
+    apart, together = (
+        stratified_folds(table.rows["coverage"], 5, 0, read_groups(table, split)) for split in SPLITS
+    )
     mates = table.rows["id"].isin([f"train{7 * i:06d}" for i in range(8)]).to_numpy()
     assert len(together) == 60 and len(set(together[mates].tolist())) == 1
     assert np.array_equal(apart, stratified_folds(table.rows["coverage"], 5, 0))
