@@ -77,6 +77,26 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(last.bias)
 
 
+class Dropout(nn.Dropout):
+    """Dropout (Srivastava et al. 2014) whose random numbers cost less on CPUs: any shape -> the same shape.
+
+    PyTorch draws one number an element there, in one thread: a fifth of a small network's training step. Here
+    four elements share the bits of one draw, so the ratio is rounded to a multiple of 1/65536.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero a share `p` of the elements in training, and scale up the others."""
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        kept = draws.view(torch.int16)[: x.numel()] >= dropped - 2**15
+        # Of the input's memory format, which the next convolution wants.
+        factor = torch.empty_like(x)
+        factor.copy_(kept.as_strided(factor.shape, factor.stride())).mul_(2**16 / (2**16 - dropped))
+        return x * factor
+
+
 class SCSE(nn.Module):
     """Weigh the channels and, beside that, the pixels, and add both: (n, c, h, w) -> the same shape.
 

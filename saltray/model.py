@@ -16,6 +16,7 @@ from torch.nn import functional
 from saltray import pretrained
 from saltray.config import TILE, ModelConfig, UserError
 from saltray.layers import (
+    Dropout,
     Hypercolumn,
     ResidualBlock,
     Stage,
@@ -120,11 +121,11 @@ class EncoderDecoder(nn.Module):
         self.pool = nn.MaxPool2d(2) if encoder.pooled else nn.Identity()
         self.encoder = nn.ModuleList(encoder.stages[:-1])
         ratios = [dropout / 2 if i == 0 else dropout for i in range(levels)]
-        self.encoder_dropout = nn.ModuleList(nn.Dropout(r if encoder.pooled else 0.0) for r in ratios)
+        self.encoder_dropout = nn.ModuleList(Dropout(r if encoder.pooled else 0.0) for r in ratios)
         self.bottom = encoder.stages[-1]
         upward = [encoder.widths[-1], *reversed(widths)]
         self.upsample = nn.ModuleList(nn.ConvTranspose2d(i, o, 3, stride=2) for i, o in pairwise(upward))
-        self.decoder_dropout = nn.ModuleList(nn.Dropout(dropout) for _ in range(levels))
+        self.decoder_dropout = nn.ModuleList(Dropout(dropout) for _ in range(levels))
         skips = reversed(encoder.widths[:-1])
         self.decoder = nn.ModuleList(stage(w + s, w) for w, s in zip(reversed(widths), skips, strict=True))
         self.hypercolumn = hypercolumn

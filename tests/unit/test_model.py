@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from saltray.config import ModelConfig, UserError
-from saltray.layers import SCSE, Hypercolumn, ResidualBlock, Style, crop, pad
+from saltray.layers import SCSE, Dropout, Hypercolumn, ResidualBlock, Style, crop, pad
 from saltray.model import EncoderDecoder, Input, build_model, count_parameters
 
 Architecture = Literal["unet", "resunet"]
@@ -164,6 +164,36 @@ def test_dropout_follows_every_pool_and_every_concatenation(architecture: Archit
     pooled = [(0.2, 2, 50), (0.4, 4, 25), (0.4, 8, 12), (0.4, 16, 6)]
     joined = [(0.4, 32, 12), (0.4, 16, 25), (0.4, 8, 50), (0.4, 4, 101)]
     assert seen == pooled + joined
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_zeroes_each_element_by_itself_and_scales_up_the_others(
+    ratio: float, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    x = (1 + torch.rand(7, 3, 101, 101)).contiguous(memory_format=layout).requires_grad_()
+    y = Dropout(ratio).train()(x)
+    y.sum().backward()
+    assert x.grad is not None
+    dropped = (y == 0).double()
+    assert y.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(
+        y, x.detach() * (1 - dropped) / (1 - ratio), rtol=1e-4, atol=0, check_dtype=False
+    )
+    torch.testing.assert_close(x.grad, (1 - dropped) / (1 - ratio), rtol=1e-4, atol=0, check_dtype=False)
+    # Five standard deviations of the binomial distribution; of a product of two independent ones.
+    drops = dropped.permute(0, 2, 3, 1) if layout == torch.channels_last else dropped
+    flat = drops.flatten() - ratio
+    assert abs(flat.mean()) < 5 * (ratio * (1 - ratio) / len(flat)) ** 0.5
+    for lag in (1, 2, 3, 4):
+        assert abs((flat[lag:] * flat[:-lag]).mean()) < 5 * ratio * (1 - ratio) / len(flat) ** 0.5, lag
+
+
+def test_dropout_takes_what_is_not_contiguous_and_leaves_evaluation_alone() -> None:
+    x = torch.rand(5, 4, 9, 9)[::2, 1:, ::3]
+    assert Dropout(0.5).train()(x).shape == x.shape
+    assert Dropout(0.5).eval()(x) is x
 
 
 @pytest.mark.parametrize("architecture", BOTH)
