@@ -2,8 +2,7 @@
 
 Each group of rows runs in a process of its own with a time limit, so that one that fails or hangs is shown
 as failed and the others go on. The table goes to the terminal and to `benchmarks/SPEED.md`, every single
-figure to `benchmarks/results/speed.json`; both compare with the last committed run. It is to take less
-than 15 minutes on two cores that do nothing else, and takes more yet.
+figure to `benchmarks/results/speed.json`; both compare with the last committed run.
 """
 
 import importlib
@@ -115,6 +114,8 @@ def main(
     from saltray import run
     from saltray.trial import cpu_name
 
+    # Ended like an interrupted one: the group under way ends too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     before, rows = table.committed(RESULTS), []
     for name in only or GROUPS:
         started = time.monotonic()

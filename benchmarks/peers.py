@@ -60,7 +60,8 @@ class PlainLoop:
         """Build the model in PyTorch's default memory layout."""
         torch.manual_seed(config.seed)
         self.config = config
-        self.model = build_model(config.model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        model = build_model(config.model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.model = with_pytorchs_dropout(model)
         self.optimizer = torch.optim.Adam(self.model.parameters(), config.optim.learning_rate)
         self.training, self.validation = _tensors(training), _tensors(validation)
 
@@ -87,6 +88,15 @@ class PlainLoop:
         images, masks = self.validation
         predicted = torch.cat([self.model(x) > 0 for x in torch.split(images, 64)])
         return metrics.mean_precision(predicted.numpy(), masks.numpy() > 0)
+
+
+def with_pytorchs_dropout(model: nn.Module) -> nn.Module:
+    """Put PyTorch's own dropout back into a model, as a user's would have it."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, nn.Dropout(child.p))
+    return model
 
 
 def _tensors(tiles: Arrays) -> tuple[Tensor, Tensor]:

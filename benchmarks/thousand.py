@@ -2,9 +2,9 @@
 
 Every trial sleeps, reports its epochs with a checkpoint of one small file, and ends, so that the CPUs are the
 driver's. Ideal: trials x seconds of a trial / trials side by side; everything above it (suggestion, start,
-results, study, checkpoint) is overhead. These trials take half a second, so that the row takes minutes, and
-keep the driver busier than any real search would. So the overhead of one, as it is here, is counted against
-a minute: less than any trial on real tiles takes (`README.md`).
+results, study, checkpoint) is overhead. A trial takes a fifth of a second, so that the row takes minutes, and
+they keep the driver busier than any real search would. So the overhead of one, as it is here, is counted
+against a minute: less than any trial on real tiles takes (`README.md`).
 """
 
 import tempfile
@@ -26,7 +26,7 @@ from saltray.space import Space
 from saltray.study import Place, create_study
 
 TRIALS, SIDE_BY_SIDE = 1000, 4
-EPOCHS, EPOCH_SECONDS = 2, 0.25
+EPOCHS, EPOCH_SECONDS = 2, 0.1
 REALISTIC = 60.0
 """Seconds of a short real trial."""
 SIZES = (10, 100, 300, 1000)

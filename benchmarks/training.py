@@ -19,7 +19,7 @@ from saltray.config import TrialConfig
 from saltray.training import fit
 from saltray.trial import DATA_SHARE, EVALUATION_BATCH
 
-TRAINING, VALIDATION = 320, 64
+TRAINING, VALIDATION = 256, 64
 EPOCHS = 1
 """Timed ones, after a first that is not."""
 THREADS = 2

@@ -18,7 +18,7 @@ from saltray import run
 from saltray.config import SearchConfig
 
 MACHINES = 4
-EPOCHS = 5
+EPOCHS = 4
 VALIDATION = 32
 TRIVIAL, SEEDS = 128, 256
 """Training tiles for the trivial network, and for the seed's U-Net."""

@@ -176,7 +176,8 @@ class EncoderDecoder(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     """Set weights for ReLU networks (He et al. 2015, arXiv:1502.01852) and biases to zero."""
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+    # On the meta device nothing is there to set, and PyTorch would import its compiler for it: a second.
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not module.weight.is_meta:
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
