@@ -129,6 +129,10 @@ def export_onnx(bundle: Path) -> None:
         raise ExportError(f"{bundle / ONNX}: not written: {type(error).__name__}: {reason}") from error
 
 
+_LONE = """\
+| the same, on those {tiles:,} that lie beside no training tile, as far as edges tell | {map:.4f} |
+"""
+
 _SPLIT = {
     "coverage": {
         "together": "",
@@ -171,6 +175,7 @@ def write_card(bundle: Path) -> None:
         architecture=config.model.architecture,
         parameters=count_parameters(checkpoint.load_model(bundle)),
         **_SPLIT[settings.get("split", "coverage")],
+        lone=_LONE.format(**metrics["lone"]) if "lone" in metrics else "",
         threshold=chosen.threshold,
         also="".join(f", {words}" for words in also(chosen)),
         trial=metrics["trial"],
@@ -287,7 +292,7 @@ validation tiles.
 |---|---|
 | at probability 0.50 | {plain_score:.4f} |
 | as this model is used: at probability {threshold:.2f}{also} | {score:.4f} |
-| all tiles predicted empty, for comparison | {empty_score:.4f} |
+{lone}| all tiles predicted empty, for comparison | {empty_score:.4f} |
 
 How far to trust it:
 

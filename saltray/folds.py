@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,12 @@ def join(parts: Sequence[ray.data.Dataset]) -> ray.data.Dataset:
 def others(parts: Sequence[ray.data.Dataset], fold: int) -> ray.data.Dataset:
     """Join all folds but one: what the models of that fold train on."""
     return join([part for number, part in enumerate(parts) if number != fold])
+
+
+def gather(tiles: ray.data.Dataset, *names: str) -> list[npt.NDArray[Any]]:
+    """Return columns of a dataset whole, each in an array of this process."""
+    parts = list(tiles.select_columns([*names]).iter_batches(batch_size=None))
+    return [np.concatenate([part[name] for part in parts]) for name in names]
 
 
 def _take(batch: Batch, rows: npt.NDArray[np.int64]) -> Batch:

@@ -64,6 +64,11 @@ def _result(page: Page, found: Findings) -> None:
         )
         if best and model["trial"] != best.number:
             facts["postprocessed"] += f". It is trial {model['trial']}, the best when it was last predicted"
+    if lone := model.get("lone"):
+        facts["on lone tiles"] = (
+            f"{lone['map']:.4f}, likewise, on those {lone['tiles']} validation tiles that have no neighbour, "
+            "as far as edges tell, among the training tiles"
+        )
     if found.ensemble:
         facts["ensemble"] = (
             f"{found.ensemble['cross_fitted']:.4f} ± {found.ensemble['spread']:.4f}, cross-fitted; the "

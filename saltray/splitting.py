@@ -27,6 +27,9 @@ side) and 0.93 (one below the other) of the edge's pixels; those of pairs with a
 FLAT = 3.0
 """Standard deviation, in grey levels, below which an edge has nothing to be recognised by."""
 
+MOST_COMPARED = 50_000
+"""Tiles, beyond which no neighbours across a split are looked for: each edge is compared with every other."""
+
 _CHUNK = 2048  # rows of the table of all pairs that are held at once
 
 Floats = npt.NDArray[np.float32]
@@ -126,6 +129,23 @@ def find_neighbours(images: npt.NDArray[np.uint8]) -> Ints:
         rows = pixels[:, :, [-1, -2, 0, 1]].astype(np.float32)
         found.append(_match(1.5 * rows[..., 0] - 0.5 * rows[..., 1], 1.5 * rows[..., 2] - 0.5 * rows[..., 3]))
     return np.unique(np.concatenate(found), axis=0)
+
+
+def cut_off(validation: npt.NDArray[np.uint8], training: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Tell which validation tiles have a neighbour among the training tiles (`find_neighbours`).
+
+    Args:
+        validation: images, uint8 (tiles, height, width).
+        training: likewise.
+
+    Returns:
+        bool (validation tiles,).
+    """
+    pairs = find_neighbours(np.concatenate([validation, training]))
+    inside = pairs < len(validation)
+    found = np.zeros(len(validation), np.bool_)
+    found[pairs[inside & ~inside[:, ::-1]]] = True
+    return found
 
 
 class _Best(NamedTuple):

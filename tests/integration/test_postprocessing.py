@@ -1,13 +1,17 @@
 """Postprocessing on Ray Data's actors, against the same by hand."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 
-from saltray import checkpoint, dataset, demo, inference, metrics, rle, validation
-from saltray.config import ModelConfig, TrialConfig
+from saltray import checkpoint, dataset, demo, inference, metrics, rle, session, validation
+from saltray.config import TILE, ModelConfig, TrialConfig
 from saltray.metrics import Postprocessing
 from saltray.model import build_model
 
@@ -101,3 +105,21 @@ def test_without_any_example_there_is_an_empty_gallery(model: Path, data: Path) 
 
 def test_what_was_not_stored_with_a_model_has_its_default(model: Path) -> None:
     assert inference.stored_postprocessing(model) == Postprocessing(0.62, False, 0)
+
+
+def test_the_score_away_from_the_training_tiles(data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    names = sorted(file.name for file in (folder / "train" / "images").iterdir())
+    # One picture in two tiles, side by side: the first trains, the second validates.
+    picture = gaussian_filter(np.random.default_rng(0).normal(size=(TILE, 2 * TILE)), (2, 6))
+    grey = np.uint8((picture - picture.min()) / np.ptp(picture) * 255)
+    for name, half in zip((names[0], names[-1]), (grey[:, :TILE], grey[:, TILE:]), strict=True):
+        Image.fromarray(half).save(folder / "train" / "images" / name)
+    rows = dataset.read_train(dataset.open_folder(str(folder)))
+    trains = np.arange(len(names)) < 12
+    training, validated = (dataset.decode(rows.where(part))[0] for part in (trains, ~trains))
+    table = pd.DataFrame({"id": rows.rows["id"][~trains][::-1], "precision": np.linspace(0, 1, 12)})
+    found = session.lone_score(training, validated, table)
+    assert found == {"lone": {"tiles": 11, "map": pytest.approx(np.linspace(0, 1, 12)[1:].mean())}}
+    few, _ = dataset.decode(rows.where(~trains & (rows.rows["id"] != Path(names[-1]).stem)))
+    assert session.lone_score(training, few, table) == {}

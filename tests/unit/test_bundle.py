@@ -148,9 +148,22 @@ def test_the_card_tells_scores_data_and_limits(tmp_path: Path) -> None:
         "chosen on these same validation tiles",
     ):
         assert words in body, words
+    assert "lie beside no training tile" not in body  # nothing is known of such
     assert "/surveys" not in body  # nobody else's folder
     assert json.loads(re.findall(r"```json\n(.*?)```", body, re.S)[0]) == DEBUG.to_dict()
     assert "onnx" not in card.lower()  # of a file that is not there
+
+
+def test_the_card_tells_the_score_away_from_the_training_tiles(tmp_path: Path) -> None:
+    folder = make_bundle(make_run(tmp_path) / "best.new")
+    bundle.add_metrics(folder, {"lone": {"tiles": 1234, "map": 0.70106}})
+    bundle.write_card(folder)
+    lines = (folder / bundle.CARD).read_text().splitlines()
+    place = lines.index("| as this model is used: at probability 0.46 | 0.7346 |")
+    assert lines[place + 1].endswith(
+        "1,234 that lie beside no training tile, as far as edges tell | 0.7011 |"
+    )
+    assert lines[place + 2].startswith("| all tiles predicted empty")
 
 
 @pytest.mark.parametrize(("tta", "min_area", "depth"), [(False, 0, False), (True, 3000, True)])

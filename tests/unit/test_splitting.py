@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from saltray import dataset, demo, splitting
 from saltray.config import TILE, Split
 from saltray.dataset import DataError
-from saltray.splitting import find_neighbours, groups_of, read_groups, stratified_folds
+from saltray.splitting import cut_off, find_neighbours, groups_of, read_groups, stratified_folds
 
 
 def spread(values: npt.NDArray[np.generic] | list[int]) -> int:
@@ -96,6 +96,15 @@ def test_neighbours_in_mosaics_are_found_and_nothing_else(monkeypatch: pytest.Mo
     order = rng.permutation(len(images))
     pairs = order[find_neighbours(images[order])]
     assert {tuple(pair) for pair in pairs.tolist()} == expected
+
+
+def test_validation_tiles_beside_training_tiles_are_told() -> None:
+    rng = np.random.default_rng(0)
+    row, lone = mosaic(rng, 1, 5), np.stack([demo.tile(rng)[0] for _ in range(6)])
+    # The row's first two tiles are neighbours, but both validate; its last three train.
+    validation, training = np.concatenate([lone[:3], row[:2]]), np.concatenate([row[2:], lone[3:]])
+    assert cut_off(validation, training).tolist() == [False, False, False, False, True]
+    assert not cut_off(lone[:3], lone[3:]).any()
 
 
 def test_pairs_join_groups() -> None:
