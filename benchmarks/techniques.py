@@ -10,6 +10,7 @@ BASE_NAME = "base"
 BASE: dict[str, Any] = {
     "model": {"architecture": "resunet", "residual_blocks": 1, "dropout": 0.1},
     "optim": {"schedule": "cosine"},
+    "batch_size": 16,
     # A cosine's gain comes at its end: no run stops early.
     "patience": 10_000,
 }
@@ -58,6 +59,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "clipping": {"optim": {"clip_norm": 1.0}},
     "exponential average": {"optim": {"average": "ema"}},
     "stochastic average": {"optim": {"average": "swa"}},
+    "batches of 32": {"batch_size": 32},
+    "bfloat16": {"precision": "bfloat16"},
     # Augmentation
     "no flips": {"augment": {"flip": 0.0}},
     "shift and scale": {"augment": {"move": 0.5}},
