@@ -222,6 +222,7 @@ CONTAINER = strict(
     ["name", "image", "resources"],
     name=STRING,
     image=STRING,
+    env=array(strict(["name", "value"], name=STRING, value=STRING)),
     ports=array(strict(["containerPort"], containerPort=COUNT, name=STRING)),
     resources=strict(["limits", "requests"], limits=PARAMETERS, requests=PARAMETERS),
     volumeMounts=array(strict(["name", "mountPath"], name=STRING, mountPath=STRING)),
@@ -316,9 +317,10 @@ def test_only_places_to_edit_and_no_secret_stand_in_a_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RAY_UP)
-def test_the_keepalive_is_the_same_on_all_machines(name: str) -> None:
+def test_rays_settings_are_the_same_on_all_machines(name: str) -> None:
     config = yaml.safe_load((CLUSTER / name).read_text())
     for kind in ("head", "worker"):
         start = " ".join(config[f"{kind}_start_ray_commands"])
         assert "RAY_grpc_client_keepalive_time_ms=11000" in start
         assert "RAY_grpc_client_keepalive_timeout_ms=10000" in start
+        assert "RAY_idle_worker_killing_time_threshold_ms=300000" in start
