@@ -271,8 +271,8 @@ def _local_environment() -> dict[str, str]:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
     os.environ["RAY_GCS_SERVER_PORT"] = port
-    # While trials hold all CPUs, Ray ends every idle process after a second, and each epoch's data tasks would
-    # wait for new ones. The cluster files set the same.
+    # While trials hold all CPUs, Ray ends idle processes after a second, and each epoch's data tasks would wait
+    # for new ones. The cluster files set the same.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "300000")
     address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     # Trials import the saltray that this process imported.
