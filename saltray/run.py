@@ -226,6 +226,9 @@ def _commit() -> str | None:
         return None
 
 
+IDLE = "RAY_idle_worker_killing_time_threshold_ms"
+
+
 def connect(address: str | None, cpus: int | None = None) -> str:
     """Join the cluster at `address` or RAY_ADDRESS, or start Ray on this machine.
 
@@ -238,16 +241,15 @@ def connect(address: str | None, cpus: int | None = None) -> str:
         RunError: there is no cluster at the address.
     """
     joins = address is not None or "RAY_ADDRESS" in os.environ
-    env = {} if joins else _local_environment()
     try:
-        context = ray.init(
-            address=address if joins else "local",
-            num_cpus=cpus,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=None if joins else True,
-            runtime_env={"env_vars": env} if env else None,
-        )
+        with contextlib.nullcontext() if joins else _local_environment():
+            context = ray.init(
+                address=address if joins else "local",
+                num_cpus=cpus,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=None if joins else True,
+            )
     except (ConnectionError, RaySystemError, ValueError) as error:
         where = address or os.environ.get("RAY_ADDRESS", "this machine")
         raise RunError(
@@ -261,26 +263,38 @@ def connect(address: str | None, cpus: int | None = None) -> str:
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
-def _local_environment() -> dict[str, str]:
-    """Return what the processes of a Ray on this machine need to know.
+@contextlib.contextmanager
+def _local_environment() -> Iterator[None]:
+    """Set what the processes of a Ray on this machine need to know, while it starts.
 
     Its address is fixed beforehand and told to all: where two Rays run on one machine, Ray Train's cleaner
-    does not know which is its own, and the placement group of a stopped trial is never freed.
+    does not know which is its own, and the placement group of a stopped trial is never freed. As a runtime
+    environment it would do as well, but each of Ray's processes would wait for an agent to set it up.
     """
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
-    os.environ["RAY_GCS_SERVER_PORT"] = port
-    # While trials hold all CPUs, Ray ends idle processes after a second, and each epoch's data tasks would wait
-    # for new ones. The cluster files set the same.
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "300000")
     address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     # Trials import the saltray that this process imported.
     source = str(Path(__file__).parents[1])
-    return {
+    values = {
+        "RAY_GCS_SERVER_PORT": port,
         "RAY_ADDRESS": f"{address}:{port}",
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")])),
+        # While trials hold all CPUs, Ray ends idle processes after a second, and each epoch's data tasks wait
+        # for new ones. The cluster files set the same.
+        IDLE: os.environ.get(IDLE, "300000"),
     }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def disconnect() -> None:
