@@ -4,6 +4,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,6 +27,15 @@ EARLY = 10
 TICK = 0.5
 
 
+def own_memory(pid: int) -> float:
+    """Return a process's own memory, in MB: no file, and no page of the object store, which all look into.
+
+    Its unique set size would count the store's pages that no other process happens to look into just now.
+    """
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon")), 0.0)
+
+
 class Watch(threading.Thread):
     """Samples memory, in MB, a few times a second; each sample with the number of trials that had ended."""
 
@@ -37,21 +47,21 @@ class Watch(threading.Thread):
         self.driver: list[tuple[int, float]] = []
         self.store: list[tuple[int, float]] = []
         self.trials: dict[int, list[tuple[int, float]]] = defaultdict(list)
-        """By process id: memory that no other process shares."""
+        """By process id."""
 
     def run(self) -> None:
         """Sample until told to stop."""
         me = psutil.Process()
         whole = ray.cluster_resources()["object_store_memory"]  # type: ignore[no-untyped-call]
         while not self.stop.wait(TICK):
-            self.driver.append((self.ended, me.memory_full_info().uss / 1e6))
+            self.driver.append((self.ended, own_memory(me.pid)))
             free = ray.available_resources().get("object_store_memory", whole)  # type: ignore[no-untyped-call]
             self.store.append((self.ended, (whole - free) / 1e6))
             for process in me.children(recursive=True):
                 try:
                     if "ImplicitFunc" in " ".join(process.cmdline()):
-                        self.trials[process.pid].append((self.ended, process.memory_full_info().uss / 1e6))
-                except psutil.Error:
+                        self.trials[process.pid].append((self.ended, own_memory(process.pid)))
+                except (psutil.Error, OSError):
                     continue
 
 
@@ -104,15 +114,15 @@ def measure() -> list[Row]:
         ),
         Row(
             "driver's growth a trial", _growth(watch.driver) / (TRIALS - EARLY), "MB", at_most(0.5), None,
-            f"USS, {watch.driver[-1][1]:.0f} MB at last; from the trials after {EARLY} on",
+            f"{watch.driver[-1][1]:.0f} MB of its own at last; from the trials after {EARLY} on",
         ),
         Row(
             "trial process's growth over its trials", growth, "MB", at_most(25), None,
-            f"USS, the worst of {len(watch.trials)} processes, about {TRIALS // SIDE_BY_SIDE} trials each",
+            f"the worst of {len(watch.trials)} processes, about {TRIALS // SIDE_BY_SIDE} trials each",
         ),
         Row(
             "trial process's peak", max(peaks, default=None), "MB", None, None,
-            "USS: memory of its own; PyTorch's libraries are shared",
+            "its own: neither PyTorch's libraries nor the object store",
         ),
     ]  # fmt: skip
 

@@ -26,7 +26,7 @@ from saltray.space import Space
 from saltray.study import Place, create_study
 
 TRIALS, SIDE_BY_SIDE = 1000, 4
-EPOCHS, EPOCH_SECONDS = 2, 0.1
+EPOCHS, EPOCH_SECONDS = 1, 0.2
 REALISTIC = 60.0
 """Seconds of a short real trial."""
 SIZES = (10, 100, 300, 1000)
@@ -92,7 +92,7 @@ def overhead(trials: int) -> Row:
     each = (taken - ideal) * SIDE_BY_SIDE / trials
     note = (
         f"{each:.2f} s a trial, counted against {REALISTIC:g} s; {taken:.0f} s where {ideal:.0f} are ideal: "
-        f"trials of {length:g} s, {SIDE_BY_SIDE} side by side, two reports and checkpoints each"
+        f"trials of {length:g} s, {SIDE_BY_SIDE} side by side, one report and checkpoint each"
     )
     details = {"seconds": taken, "ideal": ideal, "first searches": start}
     what = f"{trials:,} trials: overhead over the ideal time"
