@@ -112,7 +112,7 @@ def test_the_score_away_from_the_training_tiles(data: Path, tmp_path: Path) -> N
     names = sorted(file.name for file in (folder / "train" / "images").iterdir())
     # One picture in two tiles, side by side: the first trains, the second validates.
     picture = gaussian_filter(np.random.default_rng(0).normal(size=(TILE, 2 * TILE)), (2, 6))
-    grey = np.uint8((picture - picture.min()) / np.ptp(picture) * 255)
+    grey = ((picture - picture.min()) / np.ptp(picture) * 255).astype(np.uint8)
     for name, half in zip((names[0], names[-1]), (grey[:, :TILE], grey[:, TILE:]), strict=True):
         Image.fromarray(half).save(folder / "train" / "images" / name)
     rows = dataset.read_train(dataset.open_folder(str(folder)))
