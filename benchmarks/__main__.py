@@ -51,13 +51,13 @@ GROUPS = {
 
 def run_group(name: str) -> table.Rows:
     """Measure a group in a process of its own; a failure is a row that says why."""
-    from saltray.run import IDLE
+    from saltray.run import SETTINGS
 
     with tempfile.TemporaryDirectory(prefix="speed-", ignore_cleanup_errors=True) as scratch:
         out, log = Path(scratch) / "rows.json", Path(scratch) / "log"
         command = [sys.executable, "-m", "benchmarks", "--only", name, "--child", str(out)]
-        # The setting of the cluster files, for the groups that simulate a cluster.
-        environment = os.environ | {"TMPDIR": scratch, IDLE: "300000"}
+        # The settings of the cluster files, for the groups that simulate a cluster.
+        environment = os.environ | {"TMPDIR": scratch} | SETTINGS
         environment.pop("RAY_ADDRESS", None)  # always a Ray of its own
         with log.open("w") as file:
             process = subprocess.Popen(

@@ -226,7 +226,13 @@ def _commit() -> str | None:
         return None
 
 
-IDLE = "RAY_idle_worker_killing_time_threshold_ms"
+SETTINGS = {
+    # While trials hold all CPUs, Ray ends idle processes after a second, and each epoch waits for new ones.
+    "RAY_idle_worker_killing_time_threshold_ms": "300000",
+    # Each trial is a thread, to which glibc gives a heap of its own: a process keeps what ended trials left.
+    "MALLOC_ARENA_MAX": "2",
+}
+"""Environment of Ray's processes, where the user has set no other; the cluster files set the same."""
 
 
 def connect(address: str | None, cpus: int | None = None) -> str:
@@ -281,9 +287,7 @@ def _local_environment() -> Iterator[None]:
         "RAY_GCS_SERVER_PORT": port,
         "RAY_ADDRESS": f"{address}:{port}",
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")])),
-        # While trials hold all CPUs, Ray ends idle processes after a second, and each epoch's data tasks wait
-        # for new ones. The cluster files set the same.
-        IDLE: os.environ.get(IDLE, "300000"),
+        **{name: os.environ.get(name, value) for name, value in SETTINGS.items()},
     }
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from saltray import run
+
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 CLOUDS = ["config.yaml", "gcp.yaml"]
@@ -316,6 +318,13 @@ def test_only_places_to_edit_and_no_secret_stand_in_a_file(name: str) -> None:
         assert address.startswith("192.0.2.") or address in ("127.0.0.1", "0.0.0.0")  # RFC 5737
 
 
+def test_pods_that_train_have_rays_settings_too() -> None:
+    job, *_ = yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text())
+    groups = {g["groupName"]: g for g in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+    (container,) = groups["gpu"]["template"]["spec"]["containers"]
+    assert {entry["name"]: entry["value"] for entry in container["env"]} == run.SETTINGS
+
+
 @pytest.mark.parametrize("name", RAY_UP)
 def test_rays_settings_are_the_same_on_all_machines(name: str) -> None:
     config = yaml.safe_load((CLUSTER / name).read_text())
@@ -323,4 +332,5 @@ def test_rays_settings_are_the_same_on_all_machines(name: str) -> None:
         start = " ".join(config[f"{kind}_start_ray_commands"])
         assert "RAY_grpc_client_keepalive_time_ms=11000" in start
         assert "RAY_grpc_client_keepalive_timeout_ms=10000" in start
-        assert "RAY_idle_worker_killing_time_threshold_ms=300000" in start
+        for name, value in run.SETTINGS.items():
+            assert f"{name}={value}" in start
