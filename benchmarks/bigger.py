@@ -4,16 +4,17 @@ Read, checked and decoded from PNG files as a search does, then streamed through
 one epoch. No training: what is asked is whether the stream keeps its pace and its memory.
 """
 
+import os
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 from ray.cluster_utils import Cluster
 
 from benchmarks import folders
+from benchmarks.memory import own_memory
 from benchmarks.rows import Row, at_most
 from saltray import dataset, run, stream
 from saltray.config import AugmentConfig
@@ -62,11 +63,11 @@ def _one(data: Path, tiles: int) -> dict[str, float]:
         head_node_args={"num_cpus": 2, "object_store_memory": STORE, "include_dashboard": False},
     )
     run.connect(cluster.address)
-    me, peak, stop = psutil.Process(), [0.0], threading.Event()
+    peak, stop = [0.0], threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.2):
-            peak[0] = max(peak[0], me.memory_full_info().uss / 1e6)
+            peak[0] = max(peak[0], own_memory(os.getpid()))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -13,7 +13,7 @@ from saltray import run
 from saltray.config import SearchConfig, TrialConfig
 
 TRIALS, EPOCHS, CPUS = 20, 3, 2
-TRAINING, VALIDATION = 256, 64
+TRAINING, VALIDATION = 192, 64
 RUNS = 1
 
 

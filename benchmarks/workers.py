@@ -18,9 +18,9 @@ from saltray import run
 from saltray.config import SearchConfig
 
 MACHINES = 4
-EPOCHS = 4
+EPOCHS = 3
 VALIDATION = 32
-TRIVIAL, SEEDS = 128, 256
+TRIVIAL, SEEDS = 128, 192
 """Training tiles for the trivial network, and for the seed's U-Net."""
 
 

@@ -200,7 +200,9 @@ class StudySearch(Searcher):
             return
         trial, place = self._trials[trial_id], located(self._trials_at, path)
         before = trial.user_attrs.get("checkpoint")
-        if before is not None and before != place:
+        if before == place:
+            return  # Tune tells of it twice
+        if before is not None:
             trial.set_user_attr("checkpoint_before", before)
         trial.set_user_attr("checkpoint", place)
 
