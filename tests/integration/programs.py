@@ -62,7 +62,7 @@ def search_arguments(files: Path, out: Path, *more: str) -> list[str | Path]:
 
 def wait_for_epochs(run: Path | Place, epochs: int) -> None:
     """Wait until the study holds so many epochs in all."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while time.monotonic() < end:
         try:
             study = load_study(run)
