@@ -83,7 +83,7 @@ def train_on_ray(
             cpus_per_task=cpus * DATA_SHARE,
         )  # fmt: skip
 
-    with stream.EpochStreams(start, epochs=config.epochs, tiles=count, first=True) as training_batches:
+    with stream.EpochStreams(start, epochs=config.epochs, tiles=count) as training_batches:
         fit(
             config,
             training_batches,

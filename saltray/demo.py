@@ -6,12 +6,7 @@ its top, chaotic and weaker inside. Bands of disturbed sediment look like salt, 
 empty masks and the spread of coverage are near the real set's (39 % empty; the others' median is 0.36).
 """
 
-import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import numpy as np
@@ -139,25 +134,6 @@ def write(folder: Path, *, train: int, test: int, seed: int) -> Path:
     _write_csv(data / "sample_submission.csv", "id,rle_mask", [f"{i},1 1" for i in test_ids])
     _write_csv(truth, "id,rle_mask", [f"{i},{codes[i]}" for i in test_ids])
     return data
-
-
-@contextmanager
-def made_meanwhile(*, train: int, test: int, seed: int) -> Iterator[Callable[[Path], None]]:
-    """Write a data set as `write` does while other things go on.
-
-    Yields:
-        What waits until it is whole and moves it to a folder, which must not be there yet.
-    """
-    with TemporaryDirectory(prefix="saltray-demo-") as name, ThreadPoolExecutor(1) as pool:
-        made = Path(name) / "made"
-        written = pool.submit(write, made, train=train, test=test, seed=seed)
-
-        def put(folder: Path) -> None:
-            written.result()
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(made, folder)
-
-        yield put
 
 
 def _write_csv(file: Path, header: str, lines: list[str]) -> None:

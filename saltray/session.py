@@ -1,13 +1,10 @@
 """One session of a search, from the checks at its start to the submission at its end."""
 
 import contextlib
-import importlib
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,18 +87,13 @@ def start(
     refuse_taken_name(place)
     other = _load_other(warm_start) if warm_start is not None else None
     console = _console()
-    with contextlib.ExitStack() as stack:
-        stack.callback(run.disconnect)
-        put_tiles: Callable[[Path], None] | None = None
-        if settings.data == str(demo_data(folder)):
-            console.print("No --data: making synthetic seismic tiles.")
-            made = demo.made_meanwhile(train=DEMO_TILES, test=200, seed=settings.seed)
-            put_tiles = stack.enter_context(made)
-        dashboard = _connect(console, address)
+    dashboard = _connect(console, address)
+    try:
         chosen = plan_for(settings, space)
         _probe(console, home)
-        if put_tiles is not None:
-            put_tiles(demo_data(folder).parent)
+        if settings.data == str(demo_data(folder)):
+            console.print("No --data: making synthetic seismic tiles.")
+            demo.write(demo_data(folder).parent, train=DEMO_TILES, test=200, seed=settings.seed)
         data, left_out = _read(console, settings)
         run.create(folder, space.path)
         with run.locked(folder), storage.Mirror(home) as mirror:
@@ -112,6 +104,8 @@ def start(
             if other is not None and warm_start is not None:
                 _adopt(console, study, other, space, settings, data, warm_start)
             _search_and_predict(console, mirror, settings, space, chosen, data, study)
+    finally:
+        run.disconnect()
 
 
 def resume(
@@ -158,9 +152,7 @@ def _console() -> Console:
 
 
 def _connect(console: Console, address: str | None) -> str:
-    with console.status("starting Ray"), run.quiet(None), ThreadPoolExecutor(1) as pool:
-        # Ray's start is mostly waiting: time for a slow import of the next step's.
-        pool.submit(importlib.import_module, "sklearn.model_selection")
+    with console.status("starting Ray"), run.quiet(None):
         tracking.mlflow_client()  # where it is asked for and cannot be reached, this is told now
         return run.connect(address)
 

@@ -30,18 +30,15 @@ class EpochStreams:
     two never hold more than one buffer each. What an epoch yields does not depend on when it started.
     """
 
-    def __init__(
-        self, start: Callable[[int], Iterator[Tensors]], *, epochs: int, tiles: int, first: bool = False
-    ) -> None:
+    def __init__(self, start: Callable[[int], Iterator[Tensors]], *, epochs: int, tiles: int) -> None:
         """Start nothing yet.
 
         Args:
             start: epoch, counted from 1 -> its stream.
             epochs: of the trial; none is started after the last.
             tiles: of an epoch.
-            first: start the first epoch's when this is entered, while the model is built.
         """
-        self._start, self._epochs, self._tiles, self._first = start, epochs, tiles, first
+        self._start, self._epochs, self._tiles = start, epochs, tiles
         self._next: tuple[int, _Begun] | None = None
 
     def __call__(self, epoch: int) -> Iterator[Tensors]:
@@ -59,8 +56,6 @@ class EpochStreams:
 
     def __enter__(self) -> Self:
         """Begin."""
-        if self._first:
-            self._next = 1, _Begun(self._start(1))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -206,7 +206,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
     count = share.training.count()
     with (
         ExitStack() as stack,
-        stream.EpochStreams(start, epochs=config.epochs, tiles=count, first=not known) as training_batches,
+        stream.EpochStreams(start, epochs=config.epochs, tiles=count) as training_batches,
     ):
         try:
             training.fit(

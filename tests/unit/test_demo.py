@@ -20,13 +20,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_made_meanwhile_is_the_same_and_nowhere_before_it_is_asked_for(folder: Path, tmp_path: Path) -> None:
-    with demo.made_meanwhile(train=30, test=12, seed=4) as put:
-        assert not list(tmp_path.iterdir())
-        put(tmp_path / "run" / "demo")
-    assert contents(tmp_path / "run" / "demo") == contents(folder)
-
-
 def test_it_is_the_contests_layout(folder: Path) -> None:
     data = folder / "data"
     train, depths = pd.read_csv(data / "train.csv"), pd.read_csv(data / "depths.csv")

@@ -40,20 +40,6 @@ def test_epochs_started_ahead_are_the_same() -> None:
     assert ahead.closed == [1, 2, 3]
 
 
-def test_the_first_epoch_may_start_before_it_is_asked_for() -> None:
-    source, plain, begun = Source(), Source(), threading.Event()
-
-    def start(epoch: int) -> Iterator[Tensors]:
-        begun.set()
-        return source.start(epoch)
-
-    with EpochStreams(start, epochs=2, tiles=TILES, first=True) as streams:
-        assert begun.wait(10)
-        for epoch in (1, 2):
-            assert images(streams(epoch)) == images(plain.start(epoch))
-    assert source.started == source.closed == [1, 2]
-
-
 def test_the_next_epoch_starts_when_the_rest_of_this_one_is_in_the_buffer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
