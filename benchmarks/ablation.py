@@ -6,7 +6,9 @@ file after each run, and a table beside it; a run that the file already has is n
 may be stopped and gone on with at any time, or extended by more seeds.
 
     python -m benchmarks.ablation --data DIR --epochs 60 --filters 16             # full size, for a GPU
-    python -m benchmarks.ablation --data DIR --epochs 12 --filters 8 --tiles 600  # for hours of CPU
+    python -m benchmarks.ablation --data DIR --epochs 12 --filters 8 --tiles 1500 # for hours of CPU
+
+600 tiles and ten epochs are too few: the base is still at the all-empty score then (`LOG.md`).
 """
 
 import json

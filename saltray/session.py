@@ -11,7 +11,6 @@ from typing import Any
 
 import optuna
 import pandas as pd
-import ray.data
 from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.markup import escape
@@ -292,7 +291,7 @@ def _predict(folder: Path, best: FrozenTrial, data: Data) -> dict[str, Any]:
         model, data.validation, chosen, validation.choose_examples(table, EXAMPLES)
     )
     facts = asdict(chosen) | {"validation_map": scores[f"{chosen.threshold:.2f}"], "scores": scores}
-    facts |= lone_score(data.training, data.validation, table)
+    facts |= folds.lone_score(data.training, data.validation, table)
     tiles = bundle.describe_tiles(data.training.count(), table["coverage"])
     bundle.add_metrics(model, {"trial": best.number, "tiles": tiles} | facts)
     codes = inference.segment(model, data.test, chosen)
@@ -305,28 +304,6 @@ def _predict(folder: Path, best: FrozenTrial, data: Data) -> dict[str, Any]:
     bundle.write_card(model)
     bundle.publish(model)
     return facts
-
-
-def lone_score(
-    training: ray.data.Dataset, validated: ray.data.Dataset, table: pd.DataFrame
-) -> dict[str, Any]:
-    """Score the validation tiles that have no neighbour in training, whose scores nothing flatters.
-
-    Args:
-        training: tiles.
-        validated: tiles.
-        table: their results, as `validation.tabulate` makes it.
-
-    Returns:
-        `lone`, their number `tiles` and their mean score `map`; nothing where all or none are so, or where
-        there are more than `splitting.MOST_COMPARED` tiles.
-    """
-    if training.count() + validated.count() > splitting.MOST_COMPARED:
-        return {}
-    ids, images = folds.gather(validated, "id", "image")
-    cut = ids[splitting.cut_off(images, *folds.gather(training, "image"))]
-    alone = table["precision"][~table["id"].isin(cut)]
-    return {"lone": {"tiles": len(alone), "map": float(alone.mean())}} if len(cut) and len(alone) else {}
 
 
 def _report(folder: Path, study: optuna.Study) -> str:
@@ -366,14 +343,6 @@ def describe(chosen: Plan) -> str:
     return f"[bold]{chosen.concurrency}[/] side by side, {each}"
 
 
-def _in_words(facts: dict[str, Any]) -> dict[str, str]:
-    """Write the score on the lone validation tiles as a line of the end table."""
-    known = facts.get("lone")
-    if known is None:
-        return {}
-    return {"on lone tiles": f"{known['map']:.4f} on those {known['tiles']} that lie beside no training tile"}
-
-
 def _tell_end(
     console: Console,
     home: storage.Home,
@@ -394,10 +363,13 @@ def _tell_end(
         "best": f"[bold green]trial {best.number}[/]  {text(best.params)}",
         "validation mAP": f"[bold]{score(best):.4f}[/] at probability 0.50, "
         f"[bold]{facts['validation_map']:.4f}[/] {how}, chosen on these tiles",
-        **_in_words(facts),
-        "trials": f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed"
-        + waiting,
     }
+    if lone := facts.get("lone"):
+        lines["on lone tiles"] = (
+            f"{lone['map']:.4f} on those {lone['tiles']} that lie beside no training tile"
+        )
+    ended = f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed"
+    lines["trials"] = ended + waiting
     if objective_of(study) == "map+speed":
         front = sorted(study.best_trials, key=lambda t: -t.values[0])
         lines["Pareto front"] = "\n".join(

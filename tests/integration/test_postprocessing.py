@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from saltray import checkpoint, dataset, demo, inference, metrics, rle, session, validation
+from saltray import checkpoint, dataset, demo, folds, inference, metrics, rle, validation
 from saltray.config import TILE, ModelConfig, TrialConfig
 from saltray.metrics import Postprocessing
 from saltray.model import build_model
@@ -119,7 +119,7 @@ def test_the_score_away_from_the_training_tiles(data: Path, tmp_path: Path) -> N
     trains = np.arange(len(names)) < 12
     training, validated = (dataset.decode(rows.where(part))[0] for part in (trains, ~trains))
     table = pd.DataFrame({"id": rows.rows["id"][~trains][::-1], "precision": np.linspace(0, 1, 12)})
-    found = session.lone_score(training, validated, table)
+    found = folds.lone_score(training, validated, table)
     assert found == {"lone": {"tiles": 11, "map": pytest.approx(np.linspace(0, 1, 12)[1:].mean())}}
     few, _ = dataset.decode(rows.where(~trains & (rows.rows["id"] != Path(names[-1]).stem)))
-    assert session.lone_score(training, few, table) == {}
+    assert folds.lone_score(training, few, table) == {}

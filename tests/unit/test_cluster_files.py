@@ -332,5 +332,5 @@ def test_rays_settings_are_the_same_on_all_machines(name: str) -> None:
         start = " ".join(config[f"{kind}_start_ray_commands"])
         assert "RAY_grpc_client_keepalive_time_ms=11000" in start
         assert "RAY_grpc_client_keepalive_timeout_ms=10000" in start
-        for name, value in run.SETTINGS.items():
-            assert f"{name}={value}" in start
+        for variable, value in run.SETTINGS.items():
+            assert f"{variable}={value}" in start
