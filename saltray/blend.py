@@ -136,7 +136,7 @@ def _refit_best(job: Job, parts: Sequence[ray.data.Dataset]) -> optuna.Study:
         return study
     refits.enqueue(study, [t.number for t in best_trials(job.study, job.size)], len(parts))
     if count(study).waiting:
-        job.console.print(f"Refits: the best {job.size} configurations on {len(parts)} folds.")
+        job.console.print(f"Refits: {refits.describe(job.size, len(parts))}.")
         with run.quiet(job.mirror.home.folder / "logs" / "refits.log"):
             training = [folds.others(parts, fold) for fold in range(len(parts))]
         _run(job, study, name, training, parts)

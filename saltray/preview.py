@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saltray import dataset, run, session, splitting
+from saltray import dataset, refits, run, session, splitting
 from saltray import space as spaces
 from saltray.config import TrialConfig
 from saltray.engine import GRACE_EPOCHS, REDUCTION
@@ -59,9 +59,9 @@ def show(settings: run.Settings, *, address: str | None) -> None:
     console.print()
     console.print(_samples(samples, rates, trial_seconds))
     console.print(
-        f"\n[bold]{training_tiles}[/] training tiles of {count}; [bold]{settings.trials}[/] trials of up to "
-        f"[bold]{settings.epochs}[/] epochs, {session.describe(chosen)}; "
-        f"searcher {settings.searcher}, scheduler {settings.scheduler}.",
+        f"\n[bold]{training_tiles}[/] training tiles of {count}; [bold]{settings.trials}[/] "
+        f"trial{'s' * (settings.trials > 1)} of up to [bold]{settings.epochs}[/] epochs, "
+        f"{session.describe(chosen)}; searcher {settings.searcher}, scheduler {settings.scheduler}.",
         soft_wrap=True,
     )
     mean = sum(trial_seconds) / len(trial_seconds)
@@ -146,7 +146,7 @@ def _refits(settings: run.Settings, tiles: int, tile_seconds: float, concurrency
     number, size = configurations * folds, tiles * (folds - 1) // folds
     seconds = math.ceil(number / concurrency) * tile_seconds * size
     words = (
-        f"Then {number} refits: the best {configurations} configurations on {folds} folds, each of {size} "
+        f"Then {number} refits: {refits.describe(configurations, folds)}, each of {size} "
         f"training tiles and {settings.epochs} epochs, none stopped early; about {duration(seconds)}"
     )
     if settings.pseudo_labels:

@@ -82,6 +82,12 @@ def run_refit(
     run_trial(spec, tiles=tiles[spec["parameters"]["fold"]], resources=resources, storage=storage)
 
 
+def describe(configurations: int, folds: int) -> str:
+    """Write in words what is refitted: `the best 3 configurations on 5 folds`."""
+    best = f"the best {configurations} configurations" if configurations > 1 else "the best configuration"
+    return f"{best} on {folds} folds"
+
+
 def enqueue(refits: optuna.Study, trials: Sequence[int], folds: int) -> None:
     """Let the refits of some trials wait, as far as they are not known; those of others wait no longer."""
     wanted = [[trial, fold] for trial in trials for fold in range(folds)]

@@ -346,7 +346,8 @@ def _environment(page: Page, found: Findings) -> None:
         "data": _without_secrets(settings.data),
         "search space": settings.space,
         "seed": f"{settings.seed}, of the split, the sampler and every trial",
-        "budget": f"{settings.trials} trials of up to {settings.epochs} epochs{budget}",
+        "budget": f"{settings.trials} trial{'s' * (settings.trials > 1)} of up to "
+        f"{settings.epochs} epochs{budget}",
         "trained on": ", ".join(f"{name} (trials: {n})" for name, n in machines.items()) or "not known",
     }
     page.facts(facts)

@@ -327,7 +327,8 @@ def _tell_start(
         console.print(f"[yellow]{len(left_out)} bad tiles left out[/], such as {min(left_out)}")
     console.print(
         f"[bold]{data.training.count()}[/] training, [bold]{data.validation.count()}[/] validation, "
-        f"[bold]{data.test.count()}[/] test tiles.  [bold]{settings.trials}[/] trials of up to "
+        f"[bold]{data.test.count()}[/] test tiles.  "
+        f"[bold]{settings.trials}[/] trial{'s' * (settings.trials > 1)} of up to "
         f"[bold]{settings.epochs}[/] epochs, {describe(chosen)}.",
         soft_wrap=True,
     )
