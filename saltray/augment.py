@@ -97,7 +97,7 @@ def _move(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Shift and scale one tile (height, width) by three numbers in [0, 1), interpolated linearly.
 
-    An ignored pixel of the mask goes where it is the nearest one.
+    An ignored pixel of the mask goes where it is the nearest one; elsewhere the known pixels decide.
     """
     zoom = 1 + config.scale * _centred(draws[0])
     axes = []
@@ -107,7 +107,10 @@ def _move(
         axes.append(_neighbours(source, size))
     # IGNORED is 2: it has not the bit of salt.
     pixels, salt = _sample(image, axes), _sample(mask & np.uint8(1), axes)
-    moved = np.where(_nearest(mask, axes) == IGNORED, IGNORED, salt >= 0.5)
+    moved = (salt >= 0.5).astype(np.uint8)
+    if (ignored := mask == IGNORED).any():
+        known = 1 - _sample(ignored.astype(np.uint8), axes)
+        moved = np.where(_nearest(mask, axes) == IGNORED, np.uint8(IGNORED), salt >= 0.5 * known)
     return np.rint(pixels).astype(np.uint8), moved.astype(np.uint8)
 
 

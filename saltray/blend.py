@@ -34,6 +34,7 @@ from saltray.bundle import publish
 from saltray.config import TrialConfig
 from saltray.ensemble import Selection
 from saltray.folds import Data
+from saltray.metrics import Postprocessing
 from saltray.outoffold import Candidate, Source
 from saltray.plan import Plan, plan
 from saltray.study import (
@@ -41,17 +42,9 @@ from saltray.study import (
     checkpoint_of,
     count,
     ended_without_gain,
-    gpu_hours,
 )
 from saltray.trial import Tiles
 from saltray.view import LiveView
-
-PSEUDO = {
-    (True, True): "used: the models that learnt them as well are better",
-    (True, False): "not used: no models that learnt them as well are better",
-    (False, False): "not yet: their refits wait",
-}
-"""What became of the pseudo-labels: whether their refits are finished, and whether they are used."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,8 @@ def run_all(job: Job) -> dict[str, Any]:
 
     Returns:
         The ensemble's metrics, as its `metrics.json` has them; nothing of them where no candidate is there
-        yet. Beside them, how many refits are `waiting` for the next session, and how many `failed`.
+        yet. Beside them, how many refits are `waiting` for the next session, and how many `failed`; and
+        where refits wait for the search's end, how many of its trials are left, `trials_left`.
     """
     settings, folder = job.settings, job.mirror.home.folder
     parts, left = [job.data.validation], {"waiting": 0, "failed": 0}
@@ -99,6 +93,8 @@ def run_all(job: Job) -> dict[str, Any]:
         study = _refit_best(job, parts)
         candidates = refits.candidates(study, job.study, len(parts), job.size)
         left = {"waiting": count(study).waiting, "failed": refits.failed(study)}
+        if not is_over(job):
+            left["trials_left"] = settings.trials - count(job.study).ended
     if not candidates:
         return left
     chosen = _choose(job, parts, candidates)
@@ -130,7 +126,7 @@ def _kept(job: Job) -> list[Candidate]:
 
 def _refit_best(job: Job, parts: Sequence[ray.data.Dataset]) -> optuna.Study:
     """Refit the best configurations; return the study of it."""
-    name = f"folds-{len(parts)}"
+    name = f"{search.REFITS}{len(parts)}"
     study = _beside(job, name)
     if not is_over(job):
         return study
@@ -161,13 +157,9 @@ def _run(
     left: dict[str, Any] = {"trials": len(known), "patience": None, "scheduler": "none", "searcher": "random"}
     if settings.time_budget is not None:
         left["time_budget"] = settings.time_budget - (time.monotonic() - job.started)
-    if settings.gpu_hours is not None:
-        before = [job.study, _beside(job, f"folds-{len(validation)}")]
-        spent = sum(gpu_hours(other) for other in before if other.study_name != study.study_name)
-        left["gpu_hours"] = settings.gpu_hours - spent
-    if any(left.get(name, 1) <= 0 for name in ("time_budget", "gpu_hours")):
-        return
     config = settings.model_copy(update=left)
+    if search.Limits(study, config).stop_all():
+        return
     chosen = plan(
         run.nodes(),
         trials=count(study).waiting,
@@ -208,7 +200,7 @@ def _choose(job: Job, parts: Sequence[ray.data.Dataset], candidates: list[Candid
 def _relabel(
     job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen
 ) -> tuple[Chosen, dict[str, Any], int]:
-    """Train the members once more, on pseudo-labelled test tiles too.
+    """Train the members once more, all that any fold's choice has, on pseudo-labelled test tiles too.
 
     The labels for fold k are those of models that never saw it, weighted as the other folds chose: nothing of
     fold k is in what its models learn.
@@ -232,14 +224,15 @@ def _relabel(
 def _pseudo_refits(job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen) -> optuna.Study:
     """Label the test tiles and do the members' refits with them; return the study of these."""
     candidates, selection = chosen
-    members = [c.trial for c, times in zip(candidates, selection.picks, strict=True) if times]
+    chosen_by = [selection.picks, *selection.picks_by_fold]
+    members = [c.trial for c, *times in zip(candidates, *chosen_by, strict=True) if any(times)]
     # These refits are of these labels alone: labels by other models make another study.
     labellers = [
         [(c.trial, times) for c, times in zip(candidates, picks, strict=True) if times]
         for picks in selection.picks_by_fold
     ]
     digest = hashlib.sha256(json.dumps([labellers, members]).encode()).hexdigest()[:8]
-    name = f"folds-{len(parts)}-pseudo-{digest}"
+    name = f"{search.REFITS}{len(parts)}-pseudo-{digest}"
     study = _beside(job, name)
     if "tiles" in study.user_attrs and not count(study).waiting:
         return study
@@ -316,13 +309,25 @@ def in_words(facts: dict[str, Any]) -> dict[str, str]:
         folds = ", ".join(f"{value:.4f}" for value in facts["by_fold"])
         lines["its mAP"] = (
             f"[bold]{facts['cross_fitted']:.4f}[/] ± {facts['spread']:.4f} cross-fitted on {where} "
-            f"({folds}); {facts['in_sample']:.4f} where it was chosen"
+            f"({folds}); {facts['in_sample']:.4f} {Postprocessing.of(facts)}, where that was chosen"
         )
         if "pseudo_labels" in facts:
-            lines["pseudo-labels"] = PSEUDO[
-                facts["pseudo_labels"]["finished"], facts["pseudo_labels"]["used"]
-            ]
+            lines["pseudo-labels"] = _pseudo_in_words(facts["pseudo_labels"])
     left = [f"{facts[name]} {name}" for name in ("waiting", "failed") if facts.get(name)]
+    if more := facts.get("trials_left"):
+        left.append(f"not before the search's end: {more} more trial{'s' * (more > 1)}, or a lower --trials")
     if left:
         lines["refits"] = f"[yellow]{', '.join(left)}[/]"
     return lines
+
+
+def _pseudo_in_words(facts: dict[str, Any]) -> str:
+    """Write what became of the pseudo-labels."""
+    if not facts["finished"]:
+        return "not yet: their refits wait"
+    if not any(facts["tiles"]):
+        return "none: the models were not sure of any test tile"
+    if "with" not in facts:
+        return "not used: their refits failed"
+    better = f"cross-fitted {facts['with']:.4f} with them, {facts['without']:.4f} without"
+    return f"{'used' if facts['used'] else 'not used'}: {better}"

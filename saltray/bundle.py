@@ -176,8 +176,7 @@ def write_card(bundle: Path) -> None:
         parameters=count_parameters(checkpoint.load_model(bundle)),
         **_SPLIT[settings.get("split", "coverage")],
         lone=_LONE.format(**metrics["lone"]) if "lone" in metrics else "",
-        threshold=chosen.threshold,
-        also="".join(f", {words}" for words in also(chosen)),
+        chosen=chosen,
         trial=metrics["trial"],
         epoch=metrics["best_epoch"],
         plain_score=metrics["best_map"],
@@ -193,13 +192,6 @@ def write_card(bundle: Path) -> None:
             program=_program(config, chosen),
         )
     (bundle / CARD).write_text(text)
-
-
-def also(chosen: Postprocessing) -> list[str]:
-    """Write in words what else is done to a prediction."""
-    return ["mean with the mirrored tile's prediction"] * chosen.tta + [
-        f"masks below {chosen.min_area} pixels emptied"
-    ] * bool(chosen.min_area)
 
 
 def _program(config: TrialConfig, chosen: Postprocessing) -> str:
@@ -291,7 +283,7 @@ validation tiles.
 | on the {validation:,} validation tiles | score |
 |---|---|
 | at probability 0.50 | {plain_score:.4f} |
-| as this model is used: at probability {threshold:.2f}{also} | {score:.4f} |
+| as this model is used: {chosen} | {score:.4f} |
 {lone}| all tiles predicted empty, for comparison | {empty_score:.4f} |
 
 How far to trust it:

@@ -96,10 +96,13 @@ def load_training(folder: Path) -> dict[str, Any]:
 def check(folder: Path) -> None:
     """Raise a CheckpointError unless a whole checkpoint can be read: its writer may have been killed."""
     load_config(folder)
-    load_metrics(folder)
+    metrics = load_metrics(folder)
     load_weights(folder)
-    if (folder / TRAINING).exists():
+    # Without the state a trial counts as finished.
+    if (folder / TRAINING).exists() or not metrics.get("finished", True):
         load_training(folder)
+    if len(load_snapshots(folder)) < metrics.get("snapshots", 0):
+        raise CheckpointError(f"{folder}: lacks a snapshot; not a complete checkpoint")
 
 
 def load_model(folder: Path) -> EncoderDecoder:

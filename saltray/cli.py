@@ -49,6 +49,7 @@ def prepare_to_join(address: str | None) -> None:
     Raises:
         UserError: nothing listens at the address; Ray itself would try for minutes.
     """
+    option = f"--address {address}" if address else ""
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         return
@@ -59,7 +60,8 @@ def prepare_to_join(address: str | None) -> None:
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
-            raise UserError(f"--address {address}: no Ray cluster there: {error}") from None
+            where = option or f"RAY_ADDRESS={address} in the environment (unset it for a Ray of your own)"
+            raise UserError(f"{where}: no Ray cluster there: {error}") from None
 
 
 def bundled_space(name: str) -> Path:

@@ -38,7 +38,8 @@ class _Frozen(BaseModel):
         except ValidationError as error:
             known = ", ".join(cls.model_fields)
             lines = [
-                f"{'/'.join(map(str, e['loc'])) or 'the configuration'}: {e['msg']}, got {e['input']!r}"
+                f"{'/'.join(map(str, e['loc'])) or 'the configuration'}: "
+                f"{e['msg'].removeprefix('Value error, ')}, got {e['input']!r}"
                 for e in error.errors()
             ]
             raise UserError("; ".join(lines) + f" (top-level fields: {known})") from None
@@ -248,9 +249,13 @@ class SearchConfig(_Frozen):
     def _fits_together(self) -> Self:
         if self.objective == "map+speed":
             if self.scheduler != "none":
-                raise ValueError("two objectives leave no trial to be stopped early; choose scheduler 'none'")
+                raise ValueError(
+                    "--objective map+speed: of two objectives no trial is stopped early; add --scheduler none"
+                )
             if self.searcher == "cmaes":
-                raise ValueError("CMA-ES knows one objective; choose searcher tpe, gp or random")
+                raise ValueError("--searcher cmaes: knows one objective; choose tpe, gp or random")
+            if self.patience is not None:
+                raise ValueError("--patience: counts better scores, blind to speed; leave it out")
         return self
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saltray import checkpoint, members, run
-from saltray.bundle import CARD, LIMITS, METRIC, ORIGIN, also, begin, origin_of
+from saltray.bundle import CARD, LIMITS, METRIC, ORIGIN, begin, origin_of
 from saltray.config import TrialConfig
 from saltray.inference import Model, stored_postprocessing
 from saltray.metrics import Postprocessing
@@ -65,8 +65,8 @@ def write_card(bundle: Path) -> None:
         in_sample=facts["in_sample"],
         cross_fitted=facts["cross_fitted"],
         spread=facts["spread"],
-        threshold=chosen.threshold,
-        also="".join(f", {words}" for words in also(chosen)),
+        chosen=chosen,
+        pseudo=_PSEUDO if facts.get("pseudo_labels", {}).get("used") else "",
     )
     (bundle / CARD).write_text(text)
 
@@ -76,6 +76,11 @@ labelled tiles, and each tile is judged by the models that never saw it."""
 
 _ON_VALIDATION = """The models are those that the search kept, judged on its validation tiles. Their epochs
 were chosen on these tiles as well, so that even the cross-fitted score is too high."""
+
+_PSEUDO = """\
+- Pseudo-labelled test tiles were learnt too: by the configurations that were chosen without them, and
+  because that scored better here, which flatters as well.
+"""
 
 _NEIGHBOURS = {
     "coverage": "Neighbours of a tile may be in\n  other folds, which flatters as well",
@@ -105,7 +110,7 @@ configurations (Caruana et al. 2004).
     + METRIC
     + """ {judged}
 
-| as this ensemble is used: at probability {threshold:.2f}{also} | score |
+| as this ensemble is used: {chosen} | score |
 |---|---|
 | cross-fitted, mean and standard deviation over the folds | {cross_fitted:.4f} ± {spread:.4f} |
 | on the tiles that members and postprocessing were chosen on | {in_sample:.4f} |
@@ -115,7 +120,7 @@ Cross-fitted: each fold is scored with the members and the postprocessing that t
 How far to trust it:
 
 - The search itself chose its configurations on one split of these tiles, which flatters a little.
-"""
+{pseudo}"""
     + LIMITS
     + """
 ## Data and training

@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from saltray.findings import Findings
+from saltray.metrics import Postprocessing
 from saltray.page import BLUE, Page
 
 TITLE = "Folds and ensemble"
@@ -64,9 +65,7 @@ def _facts(facts: dict[str, Any]) -> dict[str, str]:
         "cross-fitted mAP": f"{facts['cross_fitted']:.4f} ± {facts['spread']:.4f}: members and "
         f"postprocessing chosen on the other folds; mean and standard deviation over the folds ({folds})",
         "in sample": f"{facts['in_sample']:.4f}, on the tiles that they were chosen on",
-        "postprocessing": f"salt above probability {facts['threshold']:.2f}"
-        + ", in the mean with the mirrored tile's prediction" * facts["tta"]
-        + f", masks below {facts['min_area']} pixels made empty" * bool(facts["min_area"]),
+        "postprocessing": str(Postprocessing.of(facts)),
     }
     if "pseudo_labels" in facts:
         rows["pseudo-labels"] = _pseudo(facts["pseudo_labels"])
@@ -83,8 +82,8 @@ def _pseudo(facts: dict[str, Any]) -> str:
         return f"not used: their refits failed (test tiles by fold: {tiles})"
     return (
         f"{'used' if facts['used'] else 'not used'}: cross-fitted {facts['with']:.4f} with them (test tiles "
-        f"by fold: {tiles}), {facts['without']:.4f} without. The better of both ensembles was taken, so its "
-        "score flatters a little by that choice"
+        f"by fold: {tiles}), {facts['without']:.4f} without. Only configurations that were chosen without "
+        "them learnt them, and the better of both ensembles was taken: its score flatters a little by that"
     )
 
 

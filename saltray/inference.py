@@ -1,7 +1,6 @@
 """Batch inference on Ray Data: choose the postprocessing on validation tiles, segment the test tiles."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -214,8 +213,7 @@ def illustrate(
 
 def stored_postprocessing(folder: Path) -> Postprocessing:
     """Return what was chosen for a checkpoint; of what is not stored with it, the default."""
-    known = checkpoint.load_metrics(folder)
-    return Postprocessing(**{f.name: known[f.name] for f in fields(Postprocessing) if f.name in known})
+    return Postprocessing.of(checkpoint.load_metrics(folder))
 
 
 def segment(folder: Path, tiles: ray.data.Dataset, postprocessing: Postprocessing) -> dict[str, str]:

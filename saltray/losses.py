@@ -113,8 +113,12 @@ LOSSES: dict[str, Loss] = {
 
 
 def loss_of_epoch(config: LossConfig, epoch: int, epochs: int) -> Loss:
-    """Return the loss of an epoch, counted from 1: the first one, or from `switch_at` on the second."""
-    if config.then is not None and epoch > round(config.switch_at * epochs):
+    """Return the loss of an epoch, counted from 1: the first one, or from `switch_at` on the second.
+
+    Each has at least one epoch, where there are two.
+    """
+    switch = max(1, min(round(config.switch_at * epochs), epochs - 1))
+    if config.then is not None and epoch > switch:
         return LOSSES[config.then]
     return LOSSES[config.name]
 

@@ -6,7 +6,9 @@ TGS Salt Identification Challenge. Two counts per tile, intersection and union, 
 whole numbers, so they can be summed over batches, workers and machines without a rounding error.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +104,19 @@ class Postprocessing:
     min_area: int = 0
     """Pixels below which a mask becomes empty."""
 
+    @classmethod
+    def of(cls, known: Mapping[str, Any]) -> Self:
+        """Take it from a model's metrics; what is not among them is the default."""
+        return cls(**{f.name: known[f.name] for f in fields(cls) if f.name in known})
+
+    def __str__(self) -> str:
+        """Write it in words."""
+        return (
+            f"at probability {self.threshold:.2f}"
+            + ", in the mean with the mirrored tile's prediction" * self.tta
+            + f", masks below {self.min_area} pixels emptied" * bool(self.min_area)
+        )
+
 
 def drop_small(
     intersection: npt.NDArray[np.int64],
@@ -139,10 +154,13 @@ def choose_postprocessing(
     for tta in (False, True):
         counts = intersection[:, int(tta)], union[:, int(tta)]
         for min_area in MIN_AREAS:
-            scores = precision(*drop_small(*counts, truth[:, None], min_area)).mean(axis=0)
+            scores = precision(*drop_small(*counts, truth[:, None], min_area))
+            # Whole numbers: equals stay equal, whatever the order of the tiles.
+            passed = np.rint(scores * len(IOU_THRESHOLDS)).astype(np.int64).sum(axis=0)
             candidates += [
-                ((score, -tta, -min_area, -abs(p - 0.5)), Postprocessing(p, tta, min_area), scores)
-                for p, score in zip(PROBABILITIES, scores, strict=True)
+                ((hits, -tta, -min_area, -abs(p - 0.5)), Postprocessing(p, tta, min_area), scores)
+                for p, hits in zip(PROBABILITIES, passed.tolist(), strict=True)
             ]
     _, chosen, scores = max(candidates, key=lambda candidate: candidate[0])
-    return chosen, {f"{p:.2f}": float(s) for p, s in zip(PROBABILITIES, scores, strict=True)}
+    means = scores.mean(axis=0)
+    return chosen, {f"{p:.2f}": float(s) for p, s in zip(PROBABILITIES, means, strict=True)}

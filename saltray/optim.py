@@ -96,7 +96,8 @@ def cycle_ends(config: OptimConfig, epochs: int) -> set[int]:
     """Return the epochs, counted from 1, at whose end a snapshot is due."""
     if not config.snapshots:
         return set()
-    return {round(i * epochs / config.cycles) for i in range(1, config.cycles + 1)} - {0}
+    # Whole epochs before the restart: an epoch that it falls into ends at nearly the full rate.
+    return {i * epochs // config.cycles for i in range(1, config.cycles + 1)} - {0}
 
 
 def ema_share(config: OptimConfig, step: int) -> float:
@@ -111,9 +112,10 @@ def ema_share(config: OptimConfig, step: int) -> float:
 def swa_share(config: OptimConfig, epoch: int, epochs: int) -> float:
     """Return the weight of an epoch's last weights in the plain mean over the epochs after `swa_from`.
 
-    Source: Izmailov et al. 2018, arXiv:1803.05407. 0 where no such average is wanted yet.
+    Source: Izmailov et al. 2018, arXiv:1803.05407. 0 where no such average is wanted yet; the last epoch is
+    always in it.
     """
-    averaged = epoch - round(config.swa_from * epochs)
+    averaged = epoch - min(round(config.swa_from * epochs), epochs - 1)
     return 1 / averaged if config.average == "swa" and averaged > 0 else 0.0
 
 

@@ -19,6 +19,12 @@ class Plan:
     concurrency: int
     resources: WorkerResources
 
+    def __str__(self) -> str:
+        """Write it in words, in rich's markup: `2 side by side, 1 x 1 CPUs each`."""
+        gpus = f" and {self.resources.gpus:g} GPUs" if self.resources.gpus else ""
+        each = f"{self.resources.workers} x {self.resources.cpus:g} CPUs{gpus} each"
+        return f"[bold]{self.concurrency}[/] side by side, {each}"
+
 
 def plan(
     nodes: Sequence[Mapping[str, float]],
@@ -49,8 +55,16 @@ def plan(
         raise PlanError(
             f"trials {trials}, workers per trial {workers}, CPUs {cpus}, GPUs {gpus}: must be positive"
         )
-    if abs(fraction - round(fraction)) > 0.02 or (gpus > 1 and gpus != int(gpus)):
+    if abs(fraction - round(fraction)) > 0.05 or (gpus > 1 and gpus != int(gpus)):
         raise PlanError(f"--gpus-per-trial {gpus}: a whole number or one share of n, such as 0.5 or 0.25")
+    if workers > 1 and 0 < gpus < 1:
+        # NCCL refuses two workers of one trial on the same GPU.
+        raise PlanError(f"--gpus-per-trial {gpus}: each of {workers} workers a trial needs a GPU of its own")
+    if not any(node.get("CPU") for node in nodes):
+        raise PlanError(
+            "the cluster has no machine with CPUs yet: bring its workers up first (min_workers in the "
+            "cluster's file), since a search plans with the machines that are there"
+        )
     if cpus is None:
         at_once = min(trials * workers, sum(int(node.get("CPU", 0)) for node in nodes))
         cpus = 1.0 if gpus else float(max(1, _most_threads(nodes, at_once)))

@@ -24,10 +24,11 @@ from saltray.view import duration, text
 SAMPLES = 10
 
 
-def show(settings: run.Settings, *, address: str | None) -> None:
+def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> None:
     """Print the space, ten sampled configurations with their parameter counts, and the plan.
 
-    The networks are timed on noise, on a worker of the cluster as a trial would have. Nothing is written.
+    The networks are timed on noise, on a worker of the cluster as a trial would have. Nothing is written; not
+    even the tiles of a run on `synthetic` ones.
     """
     space = spaces.load(Path(settings.space))
     console = Console(file=sys.stdout, highlight=False)
@@ -38,10 +39,9 @@ def show(settings: run.Settings, *, address: str | None) -> None:
         run.connect(address)
     try:
         chosen = session.plan_for(settings, space)
-        made = settings.data.endswith("/demo/data") and not Path(settings.data).exists()
-        count = (
-            session.DEMO_TILES if made else len(dataset.read_train(dataset.open_folder(settings.data)).rows)
-        )
+        count = session.DEMO_TILES
+        if not synthetic:
+            count = len(dataset.read_train(dataset.open_folder(settings.data)).rows)
         with console.status("timing the sampled networks"), run.quiet(None):
             task = ray.remote(tiles_per_second).options(
                 num_cpus=chosen.resources.training()["CPU"], num_gpus=chosen.resources.gpus
@@ -61,7 +61,7 @@ def show(settings: run.Settings, *, address: str | None) -> None:
     console.print(
         f"\n[bold]{training_tiles}[/] training tiles of {count}; [bold]{settings.trials}[/] "
         f"trial{'s' * (settings.trials > 1)} of up to [bold]{settings.epochs}[/] epochs, "
-        f"{session.describe(chosen)}; searcher {settings.searcher}, scheduler {settings.scheduler}.",
+        f"{chosen}; searcher {settings.searcher}, scheduler {settings.scheduler}.",
         soft_wrap=True,
     )
     mean = sum(trial_seconds) / len(trial_seconds)

@@ -48,6 +48,10 @@ COLUMNS = (
 """Of an epoch's row in a trial's user attribute `epochs`."""
 
 
+REFITS = "folds-"
+"""How the name of a study of refits begins, behind the search's own."""
+
+
 class SearchError(UserError):
     """The search cannot run as asked."""
 
@@ -59,6 +63,7 @@ class Limits(tune.Stopper):
         """Start the clock."""
         self._study, self._config = study, config
         self._started = time.monotonic()
+        self._elsewhere = 0.0 if config.gpu_hours is None else _gpu_hours_elsewhere(study)
         self.reached = ""
         """Which limit ended the search; empty where none did."""
 
@@ -75,7 +80,7 @@ class Limits(tune.Stopper):
         seconds, hours = self._config.time_budget, self._config.gpu_hours
         if seconds is not None and time.monotonic() - self._started >= seconds:
             self.reached = "the time budget is used up"
-        elif hours is not None and gpu_hours(self._study) >= hours:
+        elif hours is not None and self._elsewhere + gpu_hours(self._study) >= hours:
             self.reached = f"the {hours:g} GPU-hours are used up"
         else:
             return False
@@ -88,6 +93,16 @@ class Limits(tune.Stopper):
             return False
         self.reached = f"no better score in the last {patience} trials"
         return True
+
+
+def _gpu_hours_elsewhere(study: optuna.Study) -> float:
+    """Return the GPU-hours of the run's other studies: its search's, and all of its refits'."""
+    run = study.study_name.partition(f" {REFITS}")[0]
+    return sum(
+        gpu_hours(optuna.load_study(study_name=name, storage=study._storage))
+        for name in optuna.get_all_study_names(study._storage)
+        if name != study.study_name and (name == run or name.startswith(f"{run} {REFITS}"))
+    )
 
 
 class StudySearch(Searcher):
@@ -179,7 +194,7 @@ class StudySearch(Searcher):
             more = {"host": result["node_ip"], "ended": datetime.now(UTC).isoformat(timespec="seconds")}
             rows.append({name: (result | more)[name] for name in COLUMNS})
             trial.set_user_attr("epochs", rows)
-        if len(rows) == 1:
+        if len(rows) == 1 and "parameters" in result:
             trial.set_user_attr("parameters", result["parameters"])
             workers, share = self._resources.workers, self._resources
             trial.set_user_attr(

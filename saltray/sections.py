@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from saltray import ensemble_section, tile_figures, trial_figures, validation
 from saltray.findings import Findings
+from saltray.metrics import Postprocessing
 from saltray.page import Page
 from saltray.study import epochs_of, objective_of, score
 
@@ -57,10 +58,7 @@ def _result(page: Page, found: Findings) -> None:
         facts["validation mAP"] = f"{score(best):.4f}, where a pixel is salt above probability 0.50"
     if "threshold" in model:
         facts["postprocessed"] = (
-            f"{model['validation_map']:.4f}: salt above probability {model['threshold']:.2f}"
-            + ", in the mean with the mirrored tile's prediction" * bool(model.get("tta"))
-            + f", masks below {model.get('min_area')} pixels made empty" * bool(model.get("min_area"))
-            + "; chosen on these same tiles"
+            f"{model['validation_map']:.4f} {Postprocessing.of(model)}; chosen on these same tiles"
         )
         if best and model["trial"] != best.number:
             facts["postprocessed"] += f". It is trial {model['trial']}, the best when it was last predicted"

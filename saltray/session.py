@@ -34,7 +34,8 @@ from saltray import (
 )
 from saltray import space as spaces
 from saltray.folds import Data
-from saltray.plan import Plan, plan
+from saltray.metrics import Postprocessing
+from saltray.plan import Plan, PlanError, plan
 from saltray.space import Space
 from saltray.study import (
     Place,
@@ -128,7 +129,8 @@ def resume(
         )
     dashboard = _connect(console, address)
     try:
-        chosen = plan_for(settings, space)
+        left = settings.trials - count(study).ended if study else None
+        chosen = plan_for(settings, space, left if left and left > 0 else None)
         _probe(console, home)
         data, left_out = _read(console, settings)
         with run.locked(folder), storage.Mirror(home) as mirror:
@@ -151,6 +153,8 @@ def _console() -> Console:
 
 
 def _connect(console: Console, address: str | None) -> str:
+    if tracking.lacks_mlflow():
+        console.print("MLFLOW_TRACKING_URI: nothing is logged there without pip install 'saltray[mlflow]'")
     with console.status("starting Ray"), run.quiet(None):
         tracking.mlflow_client()  # where it is asked for and cannot be reached, this is told now
         return run.connect(address)
@@ -168,24 +172,27 @@ def _check(space: Space, settings: run.Settings) -> None:
         )
 
 
-def plan_for(settings: run.Settings, space: Space) -> Plan:
-    """Plan for the cluster that was joined; raises PlanError or RunError."""
+def plan_for(settings: run.Settings, space: Space, trials: int | None = None) -> Plan:
+    """Plan for the cluster that was joined and so many trials, by default all; raises PlanError, RunError."""
     nodes = run.nodes()
     gpus = settings.gpus_per_trial
+    if gpus == "auto" and settings.workers_per_trial > 1:
+        raise PlanError("--gpus-per-trial auto: only trials of one worker share a GPU; leave it out")
     if gpus == "auto":
         with run.quiet(None):
             # The space's first configuration; without one, a sampled one.
             _, config = spaces.sample(space, 1, epochs=settings.epochs, seed=settings.seed, workers=1)[0]
             gpus = packing.gpu_share(config, nodes, settings.cpus_per_trial or 1.0)
-    if settings.gpu_hours is not None and not any(node.get("GPU") for node in nodes):
-        raise run.RunError(f"--gpu-hours {settings.gpu_hours:g}: the cluster has no GPU; use --time-budget")
-    return plan(
+    chosen = plan(
         nodes,
-        trials=settings.trials,
+        trials=trials or settings.trials,
         workers=settings.workers_per_trial,
         cpus=settings.cpus_per_trial,
         gpus=gpus,
     )
+    if settings.gpu_hours is not None and not chosen.resources.gpus:
+        raise run.RunError(f"--gpu-hours {settings.gpu_hours:g}: trials have no GPU here; use --time-budget")
+    return chosen
 
 
 def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str]]:
@@ -206,6 +213,8 @@ def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str
             problems |= bad
         if not settings.skip_bad:
             dataset.refuse(problems, settings.data)
+        if settings.blends and refold is None and parts[1].count() < 2:
+            raise dataset.DataError(f"{settings.data}: too few tiles for an ensemble: one validation tile")
         fingerprint = dataset.fingerprint(train, fold)
         return Data(parts[0], parts[1], parts[2], test.ids, fingerprint, refold), problems
 
@@ -329,19 +338,11 @@ def _tell_start(
         f"[bold]{data.training.count()}[/] training, [bold]{data.validation.count()}[/] validation, "
         f"[bold]{data.test.count()}[/] test tiles.  "
         f"[bold]{settings.trials}[/] trial{'s' * (settings.trials > 1)} of up to "
-        f"[bold]{settings.epochs}[/] epochs, {describe(chosen)}.",
+        f"[bold]{settings.epochs}[/] epochs, {chosen}.",
         soft_wrap=True,
     )
     if dashboard:
         console.print(f"Ray's dashboard: {dashboard}")
-
-
-def describe(chosen: Plan) -> str:
-    """Write a plan in words, in rich's markup: `2 side by side, 1 x 1 CPUs each`."""
-    resources = chosen.resources
-    gpus = f" and {resources.gpus:g} GPUs" if resources.gpus else ""
-    each = f"{resources.workers} x {resources.cpus:g} CPUs{gpus} each"
-    return f"[bold]{chosen.concurrency}[/] side by side, {each}"
 
 
 def _tell_end(
@@ -354,16 +355,13 @@ def _tell_end(
     reached: str,
 ) -> None:
     folder = home.folder
-    how = f"at {facts['threshold']:.2f}" + ", with the mirrored tile" * facts["tta"]
-    if facts["min_area"]:
-        how += f", masks below {facts['min_area']} pixels emptied"
     counts = count(study)
     waiting = f", {counts.waiting} cut off" if counts.waiting else ""
     lines = {"ended because": reached} if reached else {}
     lines |= {
         "best": f"[bold green]trial {best.number}[/]  {text(best.params)}",
         "validation mAP": f"[bold]{score(best):.4f}[/] at probability 0.50, "
-        f"[bold]{facts['validation_map']:.4f}[/] {how}, chosen on these tiles",
+        f"[bold]{facts['validation_map']:.4f}[/] {Postprocessing.of(facts)}, chosen on these tiles",
     }
     if lone := facts.get("lone"):
         lines["on lone tiles"] = (
@@ -391,7 +389,7 @@ def _tell_end(
         lines["without ONNX"] = f"[yellow]{escape(facts['onnx_problem'])}[/]"
     lines["report"] = escape(facts["report"])
     lines["logs"] = escape(f"{home}/logs")
-    if counts.waiting or ensemble.get("waiting"):
+    if counts.waiting or ensemble.get("waiting") or ensemble.get("trials_left"):
         lines["go on"] = f"python -m saltray.tune --resume {shlex.quote(str(home))}"
     lines["repeat"] = f"python -m saltray.tune {escape(run.options(settings, folder / 'space.py'))}"
     for name, value in lines.items():

@@ -45,6 +45,11 @@ class Space:
             config = TrialConfig.from_dict({**values, "epochs": epochs, "seed": seed})
         except UserError as error:
             raise SpaceError(f"{self.path}: {error}") from None
+        file = config.model.encoder_weights
+        if file not in (None, "imagenet"):
+            # Trials run in folders of their own, where a relative path would lead elsewhere.
+            model = config.model.to_dict() | {"encoder_weights": str(Path(file).resolve())}
+            config = TrialConfig.from_dict(config.to_dict() | {"model": model})
         if config.batch_size % workers:
             raise SpaceError(
                 f"{self.path}: batch_size {config.batch_size} cannot be shared by {workers} workers; "

@@ -244,8 +244,12 @@ def count(study: optuna.Study) -> Counts:
 
 
 def score(trial: FrozenTrial) -> float:
-    """Return a trial's best validation mAP so far; -1 where none is known."""
-    return max(trial.intermediate_values.values(), default=-1.0)
+    """Return the validation mAP of the weights that a trial has kept; -1 where none is known.
+
+    What an epoch reports is the best so far, or its own where the last weights are kept.
+    """
+    values = trial.intermediate_values
+    return values[max(values)] if values else -1.0
 
 
 def epochs_of(trial: FrozenTrial | optuna.Trial) -> list[dict[str, Any]]:
@@ -309,6 +313,8 @@ def best_trials(study: optuna.Study, most: int) -> list[FrozenTrial]:
     usable = [t for t in own if t.intermediate_values and checkpoint_of(t)]
     if not usable:
         reasons = {t.user_attrs["reason"] for t in own if "reason" in t.user_attrs}
+        if count(study).waiting:
+            reasons.add("Trials wait: go on with --resume, and a larger budget if it was used up")
         raise StudyError(f"no trial reached the end of an epoch. {'; '.join(sorted(reasons))}".rstrip())
     return sorted(usable, key=score, reverse=True)[:most]
 

@@ -243,6 +243,11 @@ def trackers(folder: Path, study: optuna.Study) -> list[TensorBoard | MLflow]:
     return [board, MLflow(client, folder.name, study)] if client else [board]
 
 
+def lacks_mlflow() -> bool:
+    """Tell whether MLFLOW_TRACKING_URI is set, but MLflow is not installed."""
+    return bool(os.environ.get("MLFLOW_TRACKING_URI")) and importlib.util.find_spec("mlflow") is None
+
+
 def mlflow_client() -> "MlflowClient | None":
     """Return a client where MLFLOW_TRACKING_URI is set and MLflow is installed.
 
@@ -250,7 +255,7 @@ def mlflow_client() -> "MlflowClient | None":
         UserError: nothing answers there.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri or importlib.util.find_spec("mlflow") is None:
+    if not uri or lacks_mlflow():
         return None
     # The search waits for each call: by default MLflow would try for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")

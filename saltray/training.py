@@ -131,6 +131,8 @@ def fit(
     snapshots: list[Weights] = []
     if resume is None:
         load_encoder(learner.model, config.model)
+        if learner.average is not None:
+            learner.average.load_state_dict(learner.model.state_dict())
     elif not (resume / checkpoint.TRAINING).exists():
         # It was cut off between its last report and its end: the report may not have arrived.
         history = checkpoint.load_metrics(resume)["history"]
@@ -205,6 +207,8 @@ def train_epoch(
             group["lr"] = learning_rate(config.optim, history, step, config.epochs * learner.steps)
         images, masks, depth = _to_device(batch, device)
         images, partner, share = mixup(images, config.augment.mixup)
+        if partner is not None and depth is not None:
+            depth = torch.lerp(depth[partner], depth, share)
         with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
             outputs = network(images, depth)
         loss = objective(outputs, masks, loss_function, config.loss)
@@ -358,6 +362,12 @@ def _report(
     with tempfile.TemporaryDirectory(prefix="saltray-") as name:
         folder = Path(name)
         waited = 0 if config.keep == "last" else epochs_since_best(history)
-        best = {"best_map": _kept_score(config, history), "best_epoch": len(history) - waited}
-        checkpoint.save(folder, best_weights, config, best | {"history": history}, state, snapshots)
+        known = {
+            "best_map": _kept_score(config, history),
+            "best_epoch": len(history) - waited,
+            "history": history,
+            "finished": state is None,
+            "snapshots": len(snapshots),
+        }
+        checkpoint.save(folder, best_weights, config, known, state, snapshots)
         report(results, folder)

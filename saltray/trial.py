@@ -21,7 +21,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from saltray import checkpoint, samples, stream, training
 from saltray.augment import Batch
-from saltray.config import TrialConfig
+from saltray.config import TrialConfig, UserError
 
 EVALUATION_BATCH = 64
 
@@ -80,7 +80,13 @@ class Tiles:
     def share(
         cls, training: ray.data.Dataset, validation: ray.data.Dataset, workers: int, elastic: bool = False
     ) -> "Tiles":
-        """Share materialized datasets among the workers of a trial."""
+        """Share materialized datasets among the workers of a trial.
+
+        Raises:
+            UserError: there are more workers than training tiles.
+        """
+        if training.count() < workers:
+            raise UserError(f"{training.count()} training tiles: too few for {workers} workers a trial")
         few = samples.choose(cast(Iterable[Batch], validation.iter_batches(batch_size=None)))
         shares = {}
         for number in range(1 if elastic else workers, workers + 1):

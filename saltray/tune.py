@@ -175,8 +175,9 @@ def main(
     budget = parse_duration(time_budget)
     server = without_password(study) if study else None
     if resume is not None:
-        kept = {"data": data, "out": out, "warm_start": warm_start, "dry_run": dry_run or None}
-        _refuse_given(kept | fixed)
+        if dry_run:
+            raise UserError("--dry-run: shows the plan of a new run; it does not go with --resume")
+        _refuse_given({"data": data, "out": out, "warm_start": warm_start} | fixed)
         home = storage.home(located(resume))
         run.fetch(home)
         settings = _resumed(home.folder, space, server, free | {"time_budget": budget})
@@ -196,7 +197,7 @@ def main(
     if dry_run:
         from saltray import preview
 
-        preview.show(settings, address=address)
+        preview.show(settings, address=address, synthetic=data is None)
         return
     session.start(home, settings, address=address, url=study, warm_start=warm_start)
 
@@ -208,11 +209,13 @@ def _settings(values: dict[str, Any]) -> run.Settings:
     try:
         return run.Settings.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
-        lines = [
-            f"--{str(e['loc'][0]).replace('_', '-')} {e['input']}: {e['msg']}" if e["loc"] else e["msg"]
-            for e in error.errors()
-        ]
-        raise UserError("; ".join(lines)) from None
+        lines: dict[str, str] = {}
+        for e in error.errors():
+            message = e["msg"].removeprefix("Value error, ")
+            option = f"--{str(e['loc'][0]).replace('_', '-')} {e['input']}: " if e["loc"] else ""
+            # Of a union each member complains: the first will do.
+            lines.setdefault(option, option + message)
+        raise UserError("; ".join(lines.values())) from None
 
 
 def _refuse_given(options: dict[str, Any]) -> None:

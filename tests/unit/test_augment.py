@@ -214,13 +214,20 @@ def test_ignored_pixels_go_where_the_nearest_ones_do() -> None:
     config = AugmentConfig(flip=0.5, move=1.0, tone=0.5, cutout=0.5)
     rows = np.arange(30)
     moved = augment({"row": rows, "image": image, "mask": mask}, config, 3, 1)["mask"]
-    salt = augment({"row": rows, "image": image, "mask": (mask == 1).astype(np.uint8)}, config, 3, 1)["mask"]
+    least, most = (
+        augment({"row": rows, "image": image, "mask": salt.astype(np.uint8)}, config, 3, 1)["mask"]
+        for salt in (mask == 1, mask > 0)
+    )
     assert moved.dtype == np.uint8 and set(np.unique(moved)) == {0, 1, IGNORED}
-    # Salt is where it would be, but for what is ignored.
-    np.testing.assert_array_equal(moved == 1, (salt == 1) & (moved != IGNORED))
+    # Salt is where it would be if none of what is ignored were salt, and nowhere but where it could be.
+    known = moved != IGNORED
+    assert (moved[known & (least == 1)] == 1).all() and (moved[known & (most == 0)] == 0).all()
     ignored = augment(
         {"row": rows, "image": image, "mask": (mask == IGNORED).astype(np.uint8)}, config, 3, 1
     )["mask"]
     # Interpolation rounds an area to within a pixel of its border, as the nearest pixel does.
     assert ((moved == IGNORED) == (ignored == 1)).mean() > 0.97
     assert (moved == IGNORED).mean() == pytest.approx((mask == IGNORED).mean(), rel=0.2)
+    # Beside salt alone, nothing that is unknown turns into "no salt".
+    without = augment({"row": rows, "image": image, "mask": np.maximum(mask, 1)}, config, 3, 1)["mask"]
+    assert set(np.unique(without)) == {1, IGNORED}

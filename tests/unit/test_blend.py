@@ -89,8 +89,12 @@ def test_refits_have_the_gpu_hours_that_the_search_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Three trials of one epoch, 30 seconds on a GPU each.
-    (begun,) = run_refits(make_job(tmp_path, [0.4, 0.6, 0.5], folds=2, gpu_hours=1), monkeypatch)
-    assert begun.gpu_hours == pytest.approx(1 - 90 / 3600)
+    less, more = 89 / 3600, 91 / 3600
+    for hours in (less, more):
+        folder = tmp_path / f"{hours:g}"
+        folder.mkdir()
+        job = make_job(folder, [0.4, 0.6, 0.5], folds=2, gpu_hours=hours)
+        assert bool(run_refits(job, monkeypatch)) == (hours == more)
 
 
 def test_the_end_table_tells_of_the_ensemble() -> None:
@@ -99,7 +103,13 @@ def test_the_end_table_tells_of_the_ensemble() -> None:
     facts: dict[str, Any] = {"models": 4, "folds": 2, "by_fold": [0.7, 0.8], "cross_fitted": 0.75}
     facts |= {"spread": 0.0707, "in_sample": 0.77, "waiting": 0}
     facts["candidates"] = [{"name": "trial 3", "weight": 1.0}, {"name": "trial 1", "weight": 0.0}]
-    told = blend.in_words(facts | {"pseudo_labels": {"finished": True, "used": False}})
+    facts |= {"threshold": 0.52, "tta": True, "min_area": 40}
+    tried = {"finished": True, "tiles": [3, 0], "with": 0.74, "without": 0.75, "used": False}
+    told = blend.in_words(facts | {"pseudo_labels": tried})
     assert told["ensemble"] == "4 models, by weight of trial 3 (1.00)"
     assert "0.7500[/] ± 0.0707 cross-fitted on 2 folds, out of fold (0.7000, 0.8000)" in told["its mAP"]
-    assert told["pseudo-labels"].startswith("not used")
+    assert "at probability 0.52, in the mean with the mirrored tile" in told["its mAP"]
+    assert told["pseudo-labels"] == "not used: cross-fitted 0.7400 with them, 0.7500 without"
+    unsure = {"finished": True, "tiles": [0, 0], "used": False}
+    assert blend.in_words(facts | {"pseudo_labels": unsure})["pseudo-labels"].startswith("none")
+    assert "12 more trials" in blend.in_words({"trials_left": 12})["refits"]

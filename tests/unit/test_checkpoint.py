@@ -185,3 +185,14 @@ def test_a_half_written_checkpoint_is_told_as_such(tmp_path: Path, name: str) ->
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(checkpoint.CheckpointError, match=name):
         checkpoint.check(tmp_path)
+
+
+@pytest.mark.parametrize("lost", [checkpoint.TRAINING, checkpoint.SNAPSHOT.format(2)])
+def test_a_checkpoint_that_lost_a_file_is_not_taken_for_a_finished_trial(tmp_path: Path, lost: str) -> None:
+    weights = build_model(CONFIG.model).state_dict()
+    known = {"history": [0.5], "finished": False, "snapshots": 2}
+    checkpoint.save(tmp_path, weights, CONFIG, known, {"history": [0.5]}, [weights, weights])
+    checkpoint.check(tmp_path)
+    (tmp_path / lost).unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="not a complete checkpoint"):
+        checkpoint.check(tmp_path)

@@ -89,10 +89,12 @@ def test_no_scheduler_stops_nothing() -> None:
 
 
 def test_options_that_do_not_fit_together_are_refused() -> None:
-    with pytest.raises(UserError, match="scheduler 'none'"):
+    with pytest.raises(UserError, match="--scheduler none"):
         SearchConfig.from_dict({"objective": "map+speed"})
     with pytest.raises(UserError, match="one objective"):
         SearchConfig.from_dict({"objective": "map+speed", "scheduler": "none", "searcher": "cmaes"})
+    with pytest.raises(UserError, match="blind to speed"):
+        SearchConfig.from_dict({"objective": "map+speed", "scheduler": "none", "patience": 3})
 
 
 @pytest.mark.parametrize("searcher", ["tpe", "gp", "cmaes"])

@@ -159,6 +159,11 @@ def test_second_loss_takes_over_at_its_share_of_the_epochs() -> None:
     chosen = [loss_of_epoch(config, epoch, 100) for epoch in range(1, 101)]
     assert chosen == [LOSSES["bce"]] * 29 + [LOSSES["lovasz"]] * 71
     assert loss_of_epoch(LossConfig(name="focal"), 100, 100) is LOSSES["focal"]
+    # In the shortest trials too each loss has an epoch.
+    for share in (0.01, 0.4, 0.99):
+        short = LossConfig(then="lovasz", switch_at=share)
+        assert [loss_of_epoch(short, epoch, 2) for epoch in (1, 2)] == [LOSSES["bce"], LOSSES["lovasz"]]
+        assert loss_of_epoch(short, 1, 1) is LOSSES["bce"]
 
 
 def test_deep_supervision_by_hand() -> None:

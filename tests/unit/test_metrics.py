@@ -141,6 +141,23 @@ def test_equally_good_thresholds_fall_to_the_middle() -> None:
     assert chosen == Postprocessing(threshold=0.5)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_equal_views_stay_equal_whatever_the_order_of_the_tiles(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    union = np.full((200, 1, len(metrics.PROBABILITIES)), 1000)
+    intersection = rng.integers(400, 1001, (200, 1, 1)) + 0 * union
+    views = np.concatenate([intersection, intersection[rng.permutation(200)]], axis=1)
+    chosen, _ = metrics.choose_postprocessing(views, np.repeat(union, 2, axis=1), np.full(200, 1000))
+    assert chosen == Postprocessing()
+
+
+def test_postprocessing_in_words() -> None:
+    assert str(Postprocessing.of({"threshold": 0.46, "trial": 3})) == "at probability 0.46"
+    assert str(Postprocessing(0.5, True, 40)) == (
+        "at probability 0.50, in the mean with the mirrored tile's prediction, masks below 40 pixels emptied"
+    )
+
+
 def test_threshold_is_chosen_by_the_mean_over_tiles() -> None:
     n = len(metrics.PROBABILITIES)
     union = np.full((2, 2, n), 1000)

@@ -135,10 +135,22 @@ def test_steps_beyond_the_last_keep_its_rate(schedule: Literal["plateau", "cosin
     assert learning_rate(config, [0.1], 12, 10) == learning_rate(config, [0.1], 9, 10)
 
 
+@pytest.mark.parametrize(("epochs", "cycles"), [(50, 3), (50, 4), (64, 3), (15, 2)])
+def test_snapshots_are_taken_at_low_rates(epochs: int, cycles: int) -> None:
+    config = OptimConfig(schedule="cosine", cycles=cycles, snapshots=True, learning_rate=1.0)
+    for epoch in cycle_ends(config, epochs):
+        assert learning_rate(config, [], 10 * epoch - 1, 10 * epochs) < 0.05
+
+
+@pytest.mark.parametrize(("epochs", "share"), [(1, 0.75), (2, 0.75), (50, 0.999)])
+def test_a_stochastic_average_has_the_last_epoch_at_least(epochs: int, share: float) -> None:
+    assert swa_share(OptimConfig(average="swa", swa_from=share), epochs, epochs) == 1
+
+
 def test_snapshots_are_due_where_cycles_end() -> None:
     config = OptimConfig(schedule="cosine", cycles=3, snapshots=True)
     assert cycle_ends(config, 30) == {10, 20, 30}
-    assert cycle_ends(config, 10) == {3, 7, 10}
+    assert cycle_ends(config, 10) == {3, 6, 10}
     assert cycle_ends(config, 1) == {1}
     assert cycle_ends(OptimConfig(schedule="cosine", cycles=3), 30) == set()
 

@@ -28,6 +28,15 @@ def test_shares_of_gpus() -> None:
     assert plan([{"CPU": 2, "GPU": 1}], trials=99, gpus=0.25).concurrency == 2  # the CPUs bound it
 
 
+def test_a_third_of_a_gpu_may_be_written_short() -> None:
+    assert plan([{"CPU": 16, "GPU": 1}], trials=99, gpus=0.33).concurrency == 3
+
+
+def test_a_cluster_whose_workers_are_not_up_is_told_as_such() -> None:
+    with pytest.raises(PlanError, match="bring its workers up first"):
+        plan([{"CPU": 0, "memory": 1e9}], trials=9)
+
+
 def test_gpus_are_taken_where_there_are_any() -> None:
     assert plan([{"CPU": 4, "GPU": 2}], trials=9).resources.gpus == 1
     assert plan([{"CPU": 4, "GPU": 2}], trials=9, gpus=0).resources.gpus == 0
@@ -61,6 +70,7 @@ def test_never_more_than_fit_by_brute_force() -> None:
         ({"gpus": 1.5}, "whole number"),
         ({"workers": 0}, "must be positive"),
         ({"trials": 0}, "must be positive"),
+        ({"workers": 2, "gpus": 0.5}, "each of 2 workers a trial needs a GPU of its own"),
     ],
 )
 def test_refuses_with_the_numbers(asked: dict[str, Any], words: str) -> None:

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import optuna
 import pytest
 
 from saltray import pretrained, space
@@ -68,3 +69,15 @@ def test_absent_weights_are_told_before_the_search(monkeypatch: pytest.MonkeyPat
 def test_absent_file(tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match="no such file"):
         space.load(tmp_path / "absent.py")
+
+
+def test_a_relative_weights_file_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"encoder": "efficientnet_lite0", "encoder_weights": "lite0.pth"}
+    monkeypatch.chdir(tmp_path)
+    drawn = space.Space(lambda _: {"model": model}, None, Path("space.py"))
+    config = drawn.config(optuna.trial.FixedTrial({}), epochs=1, seed=0)
+    assert config.model.encoder_weights == str(tmp_path / "lite0.pth")
+    model["encoder_weights"] = "imagenet"
+    assert drawn.config(optuna.trial.FixedTrial({}), epochs=1, seed=0).model.encoder_weights == "imagenet"

@@ -234,6 +234,41 @@ def test_an_encoders_weights_are_loaded_once(tmp_path: Path, monkeypatch: pytest
     assert loads == [CONFIG.model]
 
 
+def test_an_average_starts_from_the_encoders_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(model: torch.nn.Module, config: ModelConfig) -> None:
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, 0.125)
+
+    monkeypatch.setattr(training, "load_encoder", load)
+    still = OptimConfig(average="ema", optimizer="sgd", learning_rate=1e-30)
+    fit(CONFIG.model_copy(update={"optim": still, "epochs": 1}), Recorder(tmp_path))
+    weights = checkpoint.load_weights(tmp_path / "1")
+    assert all((w == 0.125).all() for name, w in weights.items() if "weight" in name)
+
+
+def test_mixup_mixes_the_depths_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watching(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, images: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+            # Each tile is as bright as it is deep.
+            seen.append(images.mean(dim=(1, 2, 3)) * 255 - depth)
+            return images[:, 0] * self.weight
+
+    config = TrialConfig.from_dict({"augment": {"mixup": 0.4}})
+    network = Watching()
+    learner = training.Learner.new(config, CPU, steps=1)
+    bright = torch.tensor([10, 90, 200], dtype=torch.uint8)
+    tiles = {"image": bright[:, None, None].expand(-1, 101, 101), "z": bright.float()}
+    tiles["mask"] = torch.zeros(3, 101, 101, dtype=torch.uint8)
+    training.train_epoch(learner, network, [tiles], 1, [])
+    torch.testing.assert_close(seen[0], torch.zeros(3), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_resumed_trial_goes_on_as_an_uninterrupted_one(tmp_path: Path, stop_after: int) -> None:
     whole, cut, rest = (
