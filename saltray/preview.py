@@ -149,6 +149,8 @@ def _refits(settings: run.Settings, tiles: int, tile_seconds: float, concurrency
         f"Then {number} refits: {refits.describe(configurations, folds)}, each of {size} "
         f"training tiles and {settings.epochs} epochs, none stopped early; about {duration(seconds)}"
     )
+    if settings.time_budget or settings.gpu_hours:
+        words += "; they wait where a budget ends the search first"
     if settings.pseudo_labels:
         words += "; then those of the ensemble's members once more, with pseudo-labelled test tiles too"
     return words + "."

@@ -231,6 +231,8 @@ SETTINGS = {
     "RAY_idle_worker_killing_time_threshold_ms": "300000",
     # Each trial is a thread, to which glibc gives a heap of its own: a process keeps what ended trials left.
     "MALLOC_ARENA_MAX": "2",
+    # Ray Train fetches the results of several workers every two seconds: shorter epochs would wait for it.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 """Environment of Ray's processes, where the user has set no other; the cluster files set the same."""
 

@@ -94,9 +94,7 @@ def main(
     ] = None,
     folds: Annotated[
         int | None,
-        typer.Option(
-            help="After the search, train the best configurations on so many folds.", rich_help_panel=AFTER
-        ),
+        typer.Option(help="After the search, train the best again on so many folds.", rich_help_panel=AFTER),
     ] = None,
     ensemble: Annotated[
         int | None,

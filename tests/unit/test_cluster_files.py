@@ -318,10 +318,11 @@ def test_only_places_to_edit_and_no_secret_stand_in_a_file(name: str) -> None:
         assert address.startswith("192.0.2.") or address in ("127.0.0.1", "0.0.0.0")  # RFC 5737
 
 
-def test_pods_that_train_have_rays_settings_too() -> None:
+@pytest.mark.parametrize("group", ["gpu", "data"])
+def test_pods_that_work_have_rays_settings_too(group: str) -> None:
     job, *_ = yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text())
     groups = {g["groupName"]: g for g in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
-    (container,) = groups["gpu"]["template"]["spec"]["containers"]
+    (container,) = groups[group]["template"]["spec"]["containers"]
     assert {entry["name"]: entry["value"] for entry in container["env"]} == run.SETTINGS
 
 

@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,15 @@ def test_every_module_has_its_layer() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_imports_only_modules_above_it(name: str) -> None:
     assert [other for other in sorted(own(name)) if LEVEL[other] >= LEVEL[name]] == []
+
+
+def test_the_readme_lists_the_modules_in_their_order() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text()
+    listed = re.findall(
+        r"(\w+)\.py", readme.partition("    saltray/\n")[2].partition("    search_spaces/")[0]
+    )
+    assert sorted(listed) == MODULES
+    assert [LEVEL[name] for name in listed] == sorted(LEVEL[name] for name in listed)
 
 
 @pytest.mark.parametrize("name", WITHOUT_RAY)
