@@ -113,7 +113,7 @@ def measure() -> list[Row]:
             f"{left:.0f} MB",
         ),
         Row(
-            "driver's growth a trial", _growth(watch.driver) / (TRIALS - EARLY), "MB", at_most(0.5), None,
+            "driver's growth a trial", _growth(watch.driver) / (TRIALS - 2 * EARLY), "MB", at_most(0.5), None,
             f"{watch.driver[-1][1]:.0f} MB of its own at last; from the trials after {EARLY} on",
         ),
         Row(

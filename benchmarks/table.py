@@ -74,10 +74,16 @@ def markdown(rows: Rows, before: Rows, environment: dict[str, Any]) -> str:
         before: of the last committed run.
         environment: `run.environment()` of this run, with `cpu` and `gpu`.
     """
-    lines = ["| what | measured | least to most | before | goal | how |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| what | measured | least to most | before | goal | how | commit |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        old = find(before, row)
-        spread = " to ".join(figure(v, "") for v in row["spread"]) if row["spread"] else ""
+        run = row.get("environment", environment)
+        # A row that was not measured now is its own "before".
+        old = find(before, row) if run["started"] == environment["started"] else None
+        several = row["spread"] and row["spread"][0] != row["spread"][1]
+        spread = " to ".join(figure(v, "") for v in row["spread"]) if several else ""
         cells = [
             row["what"],
             f"**{figure(row['value'], row['unit'])}**" if row["value"] is not None else "",
@@ -85,6 +91,7 @@ def markdown(rows: Rows, before: Rows, environment: dict[str, Any]) -> str:
             figure(old["value"], old["unit"]) if old else "",
             goal(row),
             row["note"],
+            run["commit"] or "",
         ]
         lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
@@ -92,9 +99,9 @@ def markdown(rows: Rows, before: Rows, environment: dict[str, Any]) -> str:
         "# Speed\n\n"
         f"`{environment['command']}`, {environment['started'][:10]}: {environment['machine']} "
         f"({environment['cpu']}; {environment['gpu'] or 'no GPU'}), Python {environment['python']}, "
-        f"{versions}, commit {environment['commit']}. Written by that command, with `results/speed.json`, "
-        "which has every run. A ratio (x) is against the peer in the same run, above 1 where saltray is "
-        'faster if nothing else is said; figures are medians of runs in turn. "before" is the last '
+        f"{versions}. Written by that command, with `results/speed.json`, which has every run; rows of another "
+        "commit were measured before. A ratio (x) is against the peer in the same run, above 1 where saltray "
+        'is faster if nothing else is said; figures are medians of runs in turn. "before" is the last '
         "committed run.\n\n"
     )
     return head + "\n".join(lines) + "\n"

@@ -56,10 +56,13 @@ def test_two_programs_take_turns() -> None:
 def test_the_table_shows_the_figure_before_beside_the_new_one() -> None:
     now = [entry("epoch", 1.25, goal=at_least(1.2), note="a | b"), entry("new", 0.5, goal=at_least(1.0))]
     table.judge(now, [])
-    text = table.markdown(now, [entry("epoch", 1.1)], ENVIRONMENT)
+    earlier = ENVIRONMENT | {"started": "2026-11-20T10:00:00+00:00", "commit": "old"}
+    kept = entry("kept", 3.0, spread=(3.0, 3.0)) | {"environment": earlier, "met": None}
+    text = table.markdown([*now, kept], [entry("epoch", 1.1), kept], ENVIRONMENT)
     lines = text.splitlines()
-    assert "| epoch | **1.25 x** |  | 1.1 x | at least 1.2 x: met | a / b |" in lines
-    assert "| new | **0.5 x** |  |  | at least 1 x: missed |  |" in lines
+    assert "| epoch | **1.25 x** |  | 1.1 x | at least 1.2 x: met | a / b | abc |" in lines
+    assert "| new | **0.5 x** |  |  | at least 1 x: missed |  | abc |" in lines
+    assert "| kept | **3 x** |  |  |  |  | old |" in lines
     assert "a CPU; no GPU" in text
 
 
