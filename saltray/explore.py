@@ -27,7 +27,8 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     page.write(out)
     if tiles.problems:
-        typer.echo(f"{len(tiles.problems)} bad tiles left out, such as {min(tiles.problems)}", err=True)
+        number = f"{len(tiles.problems)} bad tile{'s' * (len(tiles.problems) > 1)}"
+        typer.echo(f"{number} left out, such as {min(tiles.problems)}", err=True)
     typer.echo(f"{len(tiles.labelled)} labelled and {len(tiles.test)} test tiles: {out}")
 
 

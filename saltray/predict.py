@@ -12,7 +12,9 @@ from saltray.config import UserError
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="A run's folder, or its best/ or ensemble/.")],
+    model: Annotated[
+        str, typer.Argument(help="A run's folder or URI, or a local folder such as its best/ or ensemble/.")
+    ],
     data: Annotated[str, typer.Option(help="The contest's folder, a path or URI.")],
     out: Annotated[Path, typer.Option(help="The submission to write.")],
     threshold: Annotated[
@@ -29,7 +31,8 @@ def main(
     prepare_to_join(address)
     from saltray import checkpoint, dataset, inference, members, run, submission
 
-    folder = next((model / name for name in ("ensemble", "best") if (model / name).is_dir()), model)
+    place = run.fetched(located(model))
+    folder = next((place / name for name in ("ensemble", "best") if (place / name).is_dir()), place)
     for member in members.read(folder):
         checkpoint.load_model(member.folder)  # a damaged one is told now
     chosen = inference.stored_postprocessing(folder)
@@ -49,7 +52,8 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     submission.write(out, table.ids, codes)
     if problems:
-        typer.echo(f"{len(problems)} bad tiles got empty masks, such as {min(problems)}", file=sys.stderr)
+        number = f"{len(problems)} bad tile{'s' * (len(problems) > 1)}"
+        typer.echo(f"{number} got empty masks, such as {min(problems)}", file=sys.stderr)
     typer.echo(f"{len(codes)} tiles segmented at probability {chosen.threshold:.2f}: {out}")
 
 

@@ -18,7 +18,7 @@ from saltray import space as spaces
 from saltray.config import TrialConfig
 from saltray.engine import GRACE_EPOCHS, REDUCTION
 from saltray.model import build_model, count_parameters
-from saltray.packing import tiles_per_second
+from saltray.packing import tiles_per_second, together
 from saltray.view import duration, text
 
 SAMPLES = 10
@@ -46,8 +46,11 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
             task = ray.remote(tiles_per_second).options(
                 num_cpus=chosen.resources.training()["CPU"], num_gpus=chosen.resources.gpus
             )
+            sharing = round(1 / chosen.resources.gpus) if 0 < chosen.resources.gpus < 1 else 1
             rates = [
-                ray.get(task.remote(config.to_dict(), chosen.resources)) * chosen.resources.workers
+                together(config.to_dict(), sharing, chosen.resources.cpus) / sharing
+                if sharing > 1
+                else ray.get(task.remote(config.to_dict(), chosen.resources)) * chosen.resources.workers
                 for _, config in samples
             ]
     finally:
@@ -123,7 +126,7 @@ def expected_epochs(epochs: int) -> float:
 
 def _estimate(settings: run.Settings, trial_seconds: float, concurrency: int) -> str:
     most = trial_seconds * settings.trials / concurrency
-    words = f"Estimated training: at most {duration(most)}, if no trial is stopped early"
+    words = f"Estimated, of training alone: {duration(most)}, if no trial is stopped early"
     if settings.scheduler == "asha":
         share = expected_epochs(settings.epochs) / settings.epochs
         words += f"; about {duration(most * share)} where ASHA stops two of three at each rung"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saltray.cli import run_program
+from saltray.cli import located, run_program
 from saltray.config import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ REPORT = "report.html"
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    place: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI.")],
     out: Annotated[
         Path | None, typer.Option(help="The file to write. Default: report.html in the run's folder.")
     ] = None,
@@ -30,6 +30,7 @@ def main(
         raise UserError(f"{out}: already there; remove it or choose another --out")
     from saltray import findings, run, sections
 
+    folder = run.fetched(located(place))
     with run.quiet(None):
         page = sections.build(findings.read(folder, url=study))
         file = out or folder / REPORT

@@ -127,6 +127,17 @@ def fetch(home: storage.Home) -> None:
             storage.fetch(home)
 
 
+def fetched(where: str) -> Path:
+    """Return the folder of a run at a path or URI; what lies behind a URI is fetched first.
+
+    Raises:
+        UserError: the URI cannot be read or holds no run, or a session on this machine works with it.
+    """
+    home = storage.home(where)
+    fetch(home)
+    return home.folder
+
+
 def write_settings(folder: Path, settings: Settings, tiles: str) -> None:
     """Write `run.json`, adding this session to those before it.
 

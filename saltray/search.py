@@ -23,7 +23,7 @@ from saltray.config import DISK_FULL, SearchConfig, UserError
 from saltray.engine import METRIC, make_sampler, make_scheduler
 from saltray.plan import Plan
 from saltray.space import Space
-from saltray.storage import located, names
+from saltray.storage import names, openable
 from saltray.study import (
     checkpoint_of,
     checkpoints_of,
@@ -213,7 +213,7 @@ class StudySearch(Searcher):
         """Record where a trial's newest checkpoint lies, and the one before it, which is kept as well."""
         if trial_id in self._completed:
             return
-        trial, place = self._trials[trial_id], located(self._trials_at, path)
+        trial, place = self._trials[trial_id], openable(self._trials_at, path)
         before = trial.user_attrs.get("checkpoint")
         if before == place:
             return  # Tune tells of it twice

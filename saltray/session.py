@@ -333,7 +333,8 @@ def _tell_start(
     dashboard: str,
 ) -> None:
     if left_out:
-        console.print(f"[yellow]{len(left_out)} bad tiles left out[/], such as {min(left_out)}")
+        number = f"{len(left_out)} bad tile{'s' * (len(left_out) > 1)}"
+        console.print(f"[yellow]{number} left out[/], such as {min(left_out)}")
     console.print(
         f"[bold]{data.training.count()}[/] training, [bold]{data.validation.count()}[/] validation, "
         f"[bold]{data.test.count()}[/] test tiles.  "

@@ -93,7 +93,7 @@ def names(where: str) -> list[str]:
     return [info.base_name for info in infos]
 
 
-def located(root: str, path: str) -> str:
+def openable(root: str, path: str) -> str:
     """Return a path that Ray gives for something below `root` as one that can be opened anywhere."""
     scheme, separator, _ = root.partition("://")
     return f"{scheme}://{path}" if separator and "://" not in path else path

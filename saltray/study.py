@@ -84,9 +84,9 @@ def without_password(url: str) -> str:
         parts = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:
         raise StudyError(f"--study {url}: not a URL such as postgresql://user@host/database") from None
-    if parts.get_backend_name() not in ("postgresql", "mysql"):
+    if parts.get_backend_name() not in ("postgresql",):
         raise StudyError(
-            f"--study {parts.get_backend_name()}://...: a PostgreSQL or MySQL server is meant "
+            f"--study {parts.get_backend_name()}://...: a PostgreSQL server is meant "
             "(postgresql://user@host/database); without --study it is an SQLite file in the run's folder"
         )
     query = {name: value for name, value in parts.query.items() if name != "password"}

@@ -53,7 +53,9 @@ def score(submission: Path, truth: Path) -> float:
     for these, others, name in ((true, predicted, submission), (predicted, true, truth)):
         absent = these.index.difference(others.index)
         if len(absent):
-            raise SubmissionError(f"{name}: {len(absent)} ids are absent, such as {absent[0]}")
+            raise SubmissionError(
+                f"{name}: {len(absent)} id{'s' * (len(absent) > 1)} absent, such as {absent[0]}"
+            )
     if not len(true):
         raise SubmissionError(f"{truth}: holds no tile")
     masks = [

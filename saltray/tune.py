@@ -46,7 +46,7 @@ def main(
         ),
     ] = None,
     warm_start: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Start from the results of this run; the spaces may differ.", rich_help_panel=RUN),
     ] = None,
     study: Annotated[
@@ -197,7 +197,8 @@ def main(
 
         preview.show(settings, address=address, synthetic=data is None)
         return
-    session.start(home, settings, address=address, url=study, warm_start=warm_start)
+    other = run.fetched(located(warm_start)) if warm_start else None
+    session.start(home, settings, address=address, url=study, warm_start=other)
 
 
 def _settings(values: dict[str, Any]) -> run.Settings:

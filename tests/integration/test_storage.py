@@ -1,5 +1,6 @@
 """Runs behind a URI, against a real S3 server process on loopback."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -91,6 +92,12 @@ def test_a_run_on_s3_is_read_written_and_resumed(s3: str, tmp_path: Path) -> Non
     for name in ("run.json", "logs/search.log"):  # no secret goes into a run
         filesystem, path = storage.open_uri(f"{out}/{name}")
         assert b"secret-of-a-test" not in filesystem.open_input_stream(path).read()
+
+    shutil.rmtree(place.folder)
+    Program("saltray.report", out, "--out", tmp_path / "report.html").finish()
+    assert "trial 1" in (tmp_path / "report.html").read_text()
+    Program("saltray.predict", out, "--data", f"{s3}/tgs", "--out", tmp_path / "again.csv").finish()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "again.csv"), submission)
 
     tune = Program("saltray.tune", "--data", f"{s3}/tgs", "--space", space, "--out", out)
     assert "already there" in tune.finish(code=1)

@@ -212,9 +212,9 @@ def test_only_the_runs_own_report_is_replaced(tmp_path: Path) -> None:
     taken = tmp_path / "taken.html"
     taken.write_text("mine")
     with pytest.raises(UserError, match=r"taken\.html: already there"):
-        report.main(folder, taken, None)
+        report.main(str(folder), taken, None)
     assert taken.read_text() == "mine"
-    report.main(folder, tmp_path / "new" / "report.html", None)
+    report.main(str(folder), tmp_path / "new" / "report.html", None)
     assert (tmp_path / "new" / "report.html").is_file()
 
 

@@ -19,9 +19,9 @@ def test_a_path_is_its_own_home_and_a_uri_has_a_working_folder(
 
 
 def test_paths_that_ray_gives_get_the_scheme_of_their_root() -> None:
-    assert storage.located("s3://b/run/trials", "b/run/trials/0") == "s3://b/run/trials/0"
-    assert storage.located("s3://b/run/trials", "s3://b/run/trials/0") == "s3://b/run/trials/0"
-    assert storage.located("/runs/x/trials", "/runs/x/trials/0") == "/runs/x/trials/0"
+    assert storage.openable("s3://b/run/trials", "b/run/trials/0") == "s3://b/run/trials/0"
+    assert storage.openable("s3://b/run/trials", "s3://b/run/trials/0") == "s3://b/run/trials/0"
+    assert storage.openable("/runs/x/trials", "/runs/x/trials/0") == "/runs/x/trials/0"
 
 
 def test_names_of_an_absent_folder_are_none(tmp_path: Path) -> None:

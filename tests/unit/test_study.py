@@ -79,7 +79,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("url", "words"),
         [
-            ("sqlite:///study.db", "a PostgreSQL or MySQL server is meant"),
+            ("sqlite:///study.db", "a PostgreSQL server is meant"),
             ("a study", "not a URL"),
             ("postgresql://saltray:secret@127.0.0.1:1/none", "127.0.0.1:1/none"),
         ],
