@@ -70,7 +70,7 @@ OPTIMISATION: dict[str, Changes] = {
     "reduce on plateau": {"optim": {"schedule": "plateau"}},
     "one cycle": {"optim": {"schedule": "one_cycle"}},
     "three warm restarts": {"optim": {"cycles": 3}},
-    "three times the rate": {"optim": {"learning_rate": 3e-3}},
+    "rate of 3e-3": {"optim": {"learning_rate": 3e-3}},
     "adamw": {"optim": {"optimizer": "adamw", "weight_decay": 1e-2}},
     "sgd": {"optim": {"optimizer": "sgd", "learning_rate": 5e-2, "weight_decay": 1e-4}},
     "clipping": {"optim": {"clip_norm": 1.0}},
@@ -106,6 +106,9 @@ BASES = {
         "EfficientNet-Lite0 with ImageNet weights under a plain decoder",
         TRAINING
         | {
+            # More and longer steps: this base is for machines without a GPU, where epochs are few.
+            "optim": TRAINING["optim"] | {"learning_rate": 2e-3},
+            "batch_size": 8,
             "model": {
                 "encoder": "efficientnet_lite0",
                 "encoder_weights": "imagenet",
