@@ -116,7 +116,7 @@ BASES = {
                 "levels": 5,
                 "max_filters": 128,
                 "dropout": 0.0,
-            }
+            },
         },
         LOSSES | PRETRAINED_NETWORK | NETWORK | OPTIMISATION | AUGMENTATION,
     ),

@@ -72,7 +72,8 @@ def write_card(bundle: Path) -> None:
 
 
 _OUT_OF_FOLD = """Each configuration was trained {folds} times, every time without one of {folds} folds of the
-labelled tiles, and each tile is judged by the models that never saw it."""
+labelled tiles, and each tile is judged by the models that never saw it. What the mean over a configuration's
+{folds} models is worth beyond one of them, no labelled tile can tell: each has been seen by all but one."""
 
 _ON_VALIDATION = """The models are those that the search kept, judged on its validation tiles. Their epochs
 were chosen on these tiles as well, so that even the cross-fitted score is too high."""

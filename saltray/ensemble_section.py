@@ -40,7 +40,7 @@ def add(page: Page, found: Findings) -> None:
             "The greedy selection, from the best single candidate on: each step adds the one with which the "
             "mean probability scores best, on the tiles that choose. It ended where no addition helped.",
         )
-    else:
+    elif len(facts["candidates"]) > 1:
         page.note("The greedy selection ended with the best single candidate: no addition helped.")
 
 
@@ -49,7 +49,9 @@ def _lead(facts: dict[str, Any]) -> str:
         judged = (
             f"The best configurations were trained again, {facts['folds']} times each, every time without "
             "one fold of the labelled tiles; each tile is judged by the models that never saw it. The refits "
-            "keep their last weights, so that nothing of them is chosen on the held-out fold."
+            "keep their last weights, so that nothing of them is chosen on the held-out fold. What the mean "
+            f"over a configuration's {facts['folds']} models is worth beyond one of them, no labelled tile "
+            "can tell: each has been seen by all but one."
         )
     else:
         judged = (

