@@ -19,6 +19,8 @@ FIRST = {
     "dropout": 0.0,
     "scse": False,
     "hypercolumn": False,
+    "deep_supervision": False,
+    "depth": False,
     "second_loss": "lovasz_elu",
     "switch_at": 0.5,
     "learning_rate": 2e-3,
@@ -47,6 +49,8 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
             "dropout": trial.suggest_float("dropout", 0.0, 0.3, step=0.05),
             "scse": trial.suggest_categorical("scse", [False, True]),
             "hypercolumn": trial.suggest_categorical("hypercolumn", [False, True]),
+            "deep_supervision": trial.suggest_categorical("deep_supervision", [False, True]),
+            "depth": trial.suggest_categorical("depth", [False, True]),
         },
         "loss": loss,
         "optim": {
