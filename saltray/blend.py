@@ -31,7 +31,7 @@ from saltray import (
     tracking,
 )
 from saltray.bundle import publish
-from saltray.config import TrialConfig
+from saltray.config import TrialConfig, counted
 from saltray.ensemble import Selection
 from saltray.folds import Data
 from saltray.metrics import Postprocessing
@@ -315,7 +315,7 @@ def in_words(facts: dict[str, Any]) -> dict[str, str]:
             lines["pseudo-labels"] = _pseudo_in_words(facts["pseudo_labels"])
     left = [f"{facts[name]} {name}" for name in ("waiting", "failed") if facts.get(name)]
     if more := facts.get("trials_left"):
-        left.append(f"not before the search's end: {more} more trial{'s' * (more > 1)}, or a lower --trials")
+        left.append(f"not before the search's end: {counted(more, 'more trial')}, or a lower --trials")
     if left:
         lines["refits"] = f"[yellow]{', '.join(left)}[/]"
     return lines

@@ -23,6 +23,11 @@ class UserError(ValueError):
     """Something that the user can mend; the message names the file or value, and what to do."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun, in messages: `1 trial`, `2 trials`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 

@@ -30,7 +30,7 @@ from PIL import Image
 
 from saltray import rle
 from saltray.augment import Batch
-from saltray.config import TILE, UserError
+from saltray.config import TILE, UserError, counted
 
 TILES_PER_BLOCK = 512
 """10 MiB of image and mask: large enough to outweigh a task's overhead, small enough to stream."""
@@ -185,7 +185,7 @@ def refuse(problems: Problems, where: str) -> None:
     if problems:
         lines = "\n".join(f"  {tile}: {problem}" for tile, problem in sorted(problems.items()))
         raise DataError(
-            f"{where}: {len(problems)} bad tile{'s' * (len(problems) > 1)}:\n{lines}\n"
+            f"{where}: {counted(len(problems), 'bad tile')}:\n{lines}\n"
             "Mend these files, or pass --skip-bad to leave the tiles out."
         )
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from saltray.cli import located, run_program
-from saltray.config import Split, UserError
+from saltray.config import Split, UserError, counted
 
 
 def main(
@@ -27,7 +27,7 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     page.write(out)
     if tiles.problems:
-        number = f"{len(tiles.problems)} bad tile{'s' * (len(tiles.problems) > 1)}"
+        number = counted(len(tiles.problems), "bad tile")
         typer.echo(f"{number} left out, such as {min(tiles.problems)}", err=True)
     typer.echo(f"{len(tiles.labelled)} labelled and {len(tiles.test)} test tiles: {out}")
 

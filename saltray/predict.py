@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from saltray.cli import located, prepare_to_join, run_program
-from saltray.config import UserError
+from saltray.config import UserError, counted
 
 
 def main(
@@ -52,8 +52,9 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     submission.write(out, table.ids, codes)
     if problems:
-        number = f"{len(problems)} bad tile{'s' * (len(problems) > 1)}"
-        typer.echo(f"{number} got empty masks, such as {min(problems)}", file=sys.stderr)
+        typer.echo(
+            f"{counted(len(problems), 'bad tile')} got empty masks, such as {min(problems)}", file=sys.stderr
+        )
     typer.echo(f"{len(codes)} tiles segmented at probability {chosen.threshold:.2f}: {out}")
 
 

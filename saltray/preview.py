@@ -15,7 +15,7 @@ from rich.table import Table
 
 from saltray import dataset, refits, run, session, splitting
 from saltray import space as spaces
-from saltray.config import TrialConfig
+from saltray.config import TrialConfig, counted
 from saltray.engine import GRACE_EPOCHS, REDUCTION
 from saltray.model import build_model, count_parameters
 from saltray.packing import tiles_per_second, together
@@ -62,8 +62,8 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
     console.print()
     console.print(_samples(samples, rates, trial_seconds))
     console.print(
-        f"\n[bold]{training_tiles}[/] training tiles of {count}; [bold]{settings.trials}[/] "
-        f"trial{'s' * (settings.trials > 1)} of up to [bold]{settings.epochs}[/] epochs, "
+        f"\n[bold]{training_tiles}[/] training tiles of {count}; "
+        f"[bold]{counted(settings.trials, 'trial')}[/] of up to [bold]{settings.epochs}[/] epochs, "
         f"{chosen}; searcher {settings.searcher}, scheduler {settings.scheduler}.",
         soft_wrap=True,
     )

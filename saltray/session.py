@@ -33,6 +33,7 @@ from saltray import (
     validation,
 )
 from saltray import space as spaces
+from saltray.config import counted
 from saltray.folds import Data
 from saltray.metrics import Postprocessing
 from saltray.plan import Plan, PlanError, plan
@@ -333,12 +334,11 @@ def _tell_start(
     dashboard: str,
 ) -> None:
     if left_out:
-        number = f"{len(left_out)} bad tile{'s' * (len(left_out) > 1)}"
-        console.print(f"[yellow]{number} left out[/], such as {min(left_out)}")
+        console.print(f"[yellow]{counted(len(left_out), 'bad tile')} left out[/], such as {min(left_out)}")
     console.print(
         f"[bold]{data.training.count()}[/] training, [bold]{data.validation.count()}[/] validation, "
         f"[bold]{data.test.count()}[/] test tiles.  "
-        f"[bold]{settings.trials}[/] trial{'s' * (settings.trials > 1)} of up to "
+        f"[bold]{counted(settings.trials, 'trial')}[/] of up to "
         f"[bold]{settings.epochs}[/] epochs, {chosen}.",
         soft_wrap=True,
     )

@@ -84,7 +84,7 @@ def without_password(url: str) -> str:
         parts = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:
         raise StudyError(f"--study {url}: not a URL such as postgresql://user@host/database") from None
-    if parts.get_backend_name() not in ("postgresql",):
+    if parts.get_backend_name() != "postgresql":
         raise StudyError(
             f"--study {parts.get_backend_name()}://...: a PostgreSQL server is meant "
             "(postgresql://user@host/database); without --study it is an SQLite file in the run's folder"

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from saltray import metrics, rle
-from saltray.config import UserError
+from saltray.config import UserError, counted
 
 
 class SubmissionError(UserError):
@@ -53,9 +53,7 @@ def score(submission: Path, truth: Path) -> float:
     for these, others, name in ((true, predicted, submission), (predicted, true, truth)):
         absent = these.index.difference(others.index)
         if len(absent):
-            raise SubmissionError(
-                f"{name}: {len(absent)} id{'s' * (len(absent) > 1)} absent, such as {absent[0]}"
-            )
+            raise SubmissionError(f"{name}: {counted(len(absent), 'id')} absent, such as {absent[0]}")
     if not len(true):
         raise SubmissionError(f"{truth}: holds no tile")
     masks = [
