@@ -96,12 +96,17 @@ class ModelConfig(_Frozen):
     padding: Literal["edge", "reflect"] = "reflect"
     """What the padding repeats: the border's pixels, or the tile mirrored at its border."""
     upscale: Literal[1, 2] = 1
-    """Factor by which tiles are enlarged for the network, and its logits reduced; 2 costs four times."""
+    """Factor by which tiles are enlarged for the network, and its logits reduced. 2 costs four times; with an
+    EfficientNet-Lite two to three times: the decoder ends at the tile's own size."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.encoder_weights is not None and self.encoder == "own":
             raise ValueError(f"encoder_weights {self.encoder_weights!r} needs an encoder that is not 'own'")
+        if self.encoder != "own" and self.upscale == 2 and self.levels == 1:
+            raise ValueError(
+                f"upscale 2 under {self.encoder} needs two levels or more: one undoes the enlarging"
+            )
         return self
 
 

@@ -85,9 +85,10 @@ class Input:
         return torch.cat(channels, dim=1) if len(channels) > 1 else x
 
     def unmake(self, logits: Tensor, height: int, width: int) -> Tensor:
-        """Reduce and crop logits (n, 1, H, W) to the tile's (n, h, w)."""
-        if self.upscale > 1:
-            logits = functional.avg_pool2d(logits, self.upscale)
+        """Reduce logits (n, 1, H, W), where they are larger, and crop them to the tile's (n, h, w)."""
+        factor = logits.shape[2] // (height + self.border)
+        if factor > 1:
+            logits = functional.avg_pool2d(logits, factor)
         return crop(logits, height, width).squeeze(1)
 
 
@@ -210,7 +211,12 @@ def build_model(config: ModelConfig) -> EncoderDecoder:
         encoder = Encoder([stage(i, o) for i, o in channels], widths, pooled=True)
     else:
         stages = pretrained.build_stages(config.encoder, prepare.channels)[: config.levels + 1]
-        encoder = Encoder(stages, pretrained.widths(config.encoder)[: config.levels + 1], pooled=False)
+        outputs = pretrained.widths(config.encoder)[: config.levels + 1]
+        if config.upscale == 2:
+            # Halved once, an enlarged tile has its own size again: the decoder ends there.
+            stages, outputs = [nn.Sequential(*stages[:2]), *stages[2:]], outputs[1:]
+            widths.pop()
+        encoder = Encoder(stages, outputs, pooled=False)
     model = EncoderDecoder(
         encoder,
         stage,

