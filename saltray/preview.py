@@ -63,7 +63,7 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
     console.print(_samples(samples, rates, trial_seconds))
     console.print(
         f"\n[bold]{training_tiles}[/] training tiles of {count}; "
-        f"[bold]{counted(settings.trials, 'trial')}[/] of up to [bold]{settings.epochs}[/] epochs, "
+        f"[bold]{settings.extent}[/], "
         f"{chosen}; searcher {settings.searcher}, scheduler {settings.scheduler}.",
         soft_wrap=True,
     )
@@ -150,7 +150,8 @@ def _refits(settings: run.Settings, tiles: int, tile_seconds: float, concurrency
     seconds = math.ceil(number / concurrency) * tile_seconds * size
     words = (
         f"Then {number} refits: {refits.describe(configurations, folds)}, each of {size} "
-        f"training tiles and {settings.epochs} epochs, none stopped early; about {duration(seconds)}"
+        f"training tiles and {counted(settings.epochs, 'epoch')}, none stopped early; "
+        f"about {duration(seconds)}"
     )
     if settings.time_budget or settings.gpu_hours:
         words += "; they wait where a budget ends the search first"

@@ -38,7 +38,7 @@ from pydantic import Field, model_validator
 from ray.exceptions import RaySystemError
 
 from saltray import storage
-from saltray.config import SearchConfig, Split, UserError
+from saltray.config import SearchConfig, Split, UserError, counted
 from saltray.study import STUDY_NAME
 
 FORMAT = 1
@@ -71,6 +71,8 @@ class Settings(SearchConfig):
     study: str | None = None
     """URL of the study's database server, without a password; None for SQLite in the run's folder."""
     study_name: str = STUDY_NAME
+    warm_start: str | None = None
+    """The run, a path or URI, from whose results this one started."""
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> Self:
@@ -87,6 +89,11 @@ class Settings(SearchConfig):
     def blends(self) -> bool:
         """Whether an ensemble follows the search."""
         return self.folds is not None or self.ensemble is not None
+
+    @property
+    def extent(self) -> str:
+        """How far the search goes at most, in words."""
+        return f"{counted(self.trials, 'trial')} of up to {counted(self.epochs, 'epoch')}"
 
 
 def refuse_taken(folder: Path) -> None:

@@ -13,7 +13,6 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from saltray import ensemble_section, tile_figures, trial_figures, validation
-from saltray.config import counted
 from saltray.findings import Findings
 from saltray.metrics import Postprocessing
 from saltray.page import Page
@@ -345,7 +344,7 @@ def _environment(page: Page, found: Findings) -> None:
         "data": _without_secrets(settings.data),
         "search space": settings.space,
         "seed": f"{settings.seed}, of the split, the sampler and every trial",
-        "budget": f"{counted(settings.trials, 'trial')} of up to {settings.epochs} epochs{budget}",
+        "budget": f"{settings.extent}{budget}",
         "trained on": ", ".join(f"{name} (trials: {n})" for name, n in machines.items()) or "not known",
     }
     page.facts(facts)

@@ -68,7 +68,6 @@ def start(
     *,
     address: str | None,
     url: str | None = None,
-    warm_start: Path | None = None,
 ) -> None:
     """Start a new run; nothing is written before all is checked.
 
@@ -77,7 +76,6 @@ def start(
         settings: of the run.
         address: a Ray cluster to join; None for this machine.
         url: of the study's database server, password and all.
-        warm_start: another run's folder, from whose results the study starts.
     """
     folder = home.folder
     space = spaces.load(Path(settings.space))
@@ -86,7 +84,8 @@ def start(
     storage.refuse_taken(home)
     place = Place(folder, url, settings.study_name)
     refuse_taken_name(place)
-    other = _load_other(warm_start) if warm_start is not None else None
+    before = run.fetched(settings.warm_start) if settings.warm_start else None
+    other = _load_other(before) if before else None
     console = _console()
     dashboard = _connect(console, address)
     try:
@@ -102,8 +101,8 @@ def start(
             with run.quiet(folder / "logs" / "search.log"):
                 study = create_study(place, settings.objective, space.path.read_text())
             _tell_start(console, data, left_out, settings, chosen, dashboard)
-            if other is not None and warm_start is not None:
-                _adopt(console, study, other, space, settings, data, warm_start)
+            if other is not None and before is not None:
+                _adopt(console, study, other, space, settings, data, before)
             _search_and_predict(console, mirror, settings, space, chosen, data, study)
     finally:
         run.disconnect()
@@ -338,8 +337,7 @@ def _tell_start(
     console.print(
         f"[bold]{data.training.count()}[/] training, [bold]{data.validation.count()}[/] validation, "
         f"[bold]{data.test.count()}[/] test tiles.  "
-        f"[bold]{counted(settings.trials, 'trial')}[/] of up to "
-        f"[bold]{settings.epochs}[/] epochs, {chosen}.",
+        f"[bold]{settings.extent}[/], {chosen}.",
         soft_wrap=True,
     )
     if dashboard:

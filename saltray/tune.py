@@ -190,15 +190,18 @@ def main(
         raise UserError(f"--out {out}: synthetic tiles are made in a local folder; name --data as well")
     folder = home.folder
     place = {"study": server, "study_name": folder.name if server else None, "time_budget": budget}
-    where = {"data": located(data) if data else str(session.demo_data(folder)), "space": str(space.resolve())}
+    where = {
+        "data": located(data) if data else str(session.demo_data(folder)),
+        "space": str(space.resolve()),
+        "warm_start": located(warm_start) if warm_start else None,
+    }
     settings = _settings({**where, **place, **free, **fixed})
     if dry_run:
         from saltray import preview
 
         preview.show(settings, address=address, synthetic=data is None)
         return
-    other = run.fetched(located(warm_start)) if warm_start else None
-    session.start(home, settings, address=address, url=study, warm_start=other)
+    session.start(home, settings, address=address, url=study)
 
 
 def _settings(values: dict[str, Any]) -> run.Settings:

