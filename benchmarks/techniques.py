@@ -37,8 +37,6 @@ NETWORK: dict[str, Changes] = {
     "elu": {"model": {"activation": "elu"}},
     "silu": {"model": {"activation": "silu"}},
     "scse": {"model": {"scse": True}},
-    "hypercolumn": {"model": {"hypercolumn": True}},
-    "deep supervision": {"model": {"deep_supervision": True}},
     "vertical coordinate": {"model": {"coordinates": True}},
     "depth": {"model": {"depth": True}},
     "padded to 112, edge": {"model": {"padded_size": 112, "padding": "edge"}},
@@ -47,6 +45,8 @@ NETWORK: dict[str, Changes] = {
 }
 
 OWN_NETWORK: dict[str, Changes] = {
+    "no hypercolumn": {"model": {"hypercolumn": False}},
+    "no deep supervision": {"model": {"deep_supervision": False}},
     "plain u-net": {"model": {"architecture": "unet"}},
     "plain u-net, batch norm": {"model": {"architecture": "unet", "normalisation": "batch"}},
     "two residual blocks": {"model": {"residual_blocks": 2}},
@@ -59,6 +59,8 @@ OWN_NETWORK: dict[str, Changes] = {
 }
 
 PRETRAINED_NETWORK: dict[str, Changes] = {
+    "hypercolumn": {"model": {"hypercolumn": True}},
+    "deep supervision": {"model": {"deep_supervision": True}},
     "encoder from random weights": {"model": {"encoder_weights": None}},
     "efficientnet-lite2": {"model": {"encoder": "efficientnet_lite2"}},
     "residual decoder": {"model": {"architecture": "resunet", "residual_blocks": 1}},
@@ -89,8 +91,9 @@ AUGMENTATION: dict[str, Changes] = {
 }
 
 TRAINING: Changes = {
-    "optim": {"schedule": "cosine"},
-    "batch_size": 16,
+    # Many and long steps: on machines without a GPU, epochs are few.
+    "optim": {"schedule": "cosine", "learning_rate": 2e-3},
+    "batch_size": 8,
     # A cosine's gain comes at its end: no run stops early.
     "patience": 10_000,
 }
@@ -98,17 +101,23 @@ TRAINING: Changes = {
 
 BASES = {
     "scratch": Base(
-        "a ResUNet",
-        TRAINING | {"model": {"architecture": "resunet", "residual_blocks": 1, "dropout": 0.1}},
+        "a ResUNet with hypercolumn and deep supervision, without which it learns nothing in few epochs",
+        TRAINING
+        | {
+            "model": {
+                "architecture": "resunet",
+                "residual_blocks": 1,
+                "dropout": 0.1,
+                "hypercolumn": True,
+                "deep_supervision": True,
+            },
+        },
         LOSSES | OWN_NETWORK | NETWORK | OPTIMISATION | AUGMENTATION,
     ),
     "pretrained": Base(
         "EfficientNet-Lite0 with ImageNet weights under a plain decoder",
         TRAINING
         | {
-            # More and longer steps: this base is for machines without a GPU, where epochs are few.
-            "optim": TRAINING["optim"] | {"learning_rate": 2e-3},
-            "batch_size": 8,
             "model": {
                 "encoder": "efficientnet_lite0",
                 "encoder_weights": "imagenet",

@@ -33,6 +33,7 @@ from saltray import (
 from saltray.bundle import publish
 from saltray.config import TrialConfig, counted
 from saltray.ensemble import Selection
+from saltray.ensemble_section import pseudo_labels_in_words
 from saltray.folds import Data
 from saltray.metrics import Postprocessing
 from saltray.outoffold import Candidate, Source
@@ -312,22 +313,10 @@ def in_words(facts: dict[str, Any]) -> dict[str, str]:
             f"({folds}); {facts['in_sample']:.4f} {Postprocessing.of(facts)}, where that was chosen"
         )
         if "pseudo_labels" in facts:
-            lines["pseudo-labels"] = _pseudo_in_words(facts["pseudo_labels"])
+            lines["pseudo-labels"] = pseudo_labels_in_words(facts["pseudo_labels"])
     left = [f"{facts[name]} {name}" for name in ("waiting", "failed") if facts.get(name)]
     if more := facts.get("trials_left"):
         left.append(f"not before the search's end: {counted(more, 'more trial')}, or a lower --trials")
     if left:
         lines["refits"] = f"[yellow]{', '.join(left)}[/]"
     return lines
-
-
-def _pseudo_in_words(facts: dict[str, Any]) -> str:
-    """Write what became of the pseudo-labels."""
-    if not facts["finished"]:
-        return "not yet: their refits wait"
-    if not any(facts["tiles"]):
-        return "none: the models were not sure of any test tile"
-    if "with" not in facts:
-        return "not used: their refits failed"
-    better = f"cross-fitted {facts['with']:.4f} with them, {facts['without']:.4f} without"
-    return f"{'used' if facts['used'] else 'not used'}: {better}"

@@ -70,23 +70,32 @@ def _facts(facts: dict[str, Any]) -> dict[str, str]:
         "postprocessing": str(Postprocessing.of(facts)),
     }
     if "pseudo_labels" in facts:
-        rows["pseudo-labels"] = _pseudo(facts["pseudo_labels"])
+        rows["pseudo-labels"] = _pseudo_labels_in_full(facts["pseudo_labels"])
     return rows
 
 
-def _pseudo(facts: dict[str, Any]) -> str:
+def pseudo_labels_in_words(facts: dict[str, Any]) -> str:
+    """Write what became of the pseudo-labels."""
     if not facts["finished"]:
         return "not yet: their refits wait for the next session"
-    tiles = ", ".join(map(str, facts["tiles"]))
     if not any(facts["tiles"]):
         return "none: the models were not sure of any test tile"
     if "with" not in facts:
-        return f"not used: their refits failed (test tiles by fold: {tiles})"
-    return (
-        f"{'used' if facts['used'] else 'not used'}: cross-fitted {facts['with']:.4f} with them (test tiles "
-        f"by fold: {tiles}), {facts['without']:.4f} without. Only configurations that were chosen without "
-        "them learnt them, and the better of both ensembles was taken: its score flatters a little by that"
-    )
+        return "not used: their refits failed"
+    used = "used" if facts["used"] else "not used"
+    return f"{used}: cross-fitted {facts['with']:.4f} with them, {facts['without']:.4f} without"
+
+
+def _pseudo_labels_in_full(facts: dict[str, Any]) -> str:
+    words = pseudo_labels_in_words(facts)
+    if any(facts.get("tiles", ())):
+        words += f". Test tiles by fold: {', '.join(map(str, facts['tiles']))}"
+    if "with" in facts:
+        words += (
+            ". Only configurations that were chosen without them learnt them, and the better of both "
+            "ensembles was taken: its score flatters a little by that"
+        )
+    return words
 
 
 def _candidates(candidates: list[dict[str, Any]]) -> pd.DataFrame:

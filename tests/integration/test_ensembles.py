@@ -225,6 +225,23 @@ def easy(files: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.timeout(400)
+def test_ctrl_c_among_the_refits_still_ends_with_the_best_models_submission(
+    start: type[Program], files: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    program = start(*search_arguments(files, run, "--trials", "1", "--epochs", "30", "--folds", "2"))
+    wait_for_refits(run, 2)
+    program.process.send_signal(signal.SIGINT)
+    told = program.finish()
+    assert f"--resume {run}" in told and "Traceback" not in told
+    check_submission(run, files)
+    assert not (run / "ensemble").exists()
+    study = load_study(Place(run, name="saltray folds-2"))
+    assert count(study).waiting > 0 and count(study).failed == 0
+    close(study)
+
+
 @pytest.mark.timeout(900)
 def test_folds_ensemble_and_pseudo_labels_killed_and_resumed(
     start: type[Program], easy: Path, tmp_path: Path

@@ -136,7 +136,7 @@ def ensemble_facts(**more: Any) -> dict[str, Any]:
                     "without": 0.74,
                 }
             },
-            "used: cross-fitted 0.7500 with them (test tiles by fold: 7, 8), 0.7400 without",
+            "used: cross-fitted 0.7500 with them, 0.7400 without. Test tiles by fold: 7, 8.",
         ),
         ({"pseudo_labels": {"finished": False, "used": False, "tiles": [7, 8]}}, "not yet"),
         ({"pseudo_labels": {"finished": True, "used": False, "tiles": [0, 0]}}, "not sure of any test tile"),
