@@ -230,7 +230,8 @@ CONTAINER = strict(
     volumeMounts=array(strict(["name", "mountPath"], name=STRING, mountPath=STRING)),
 )
 POD = strict(
-    ["spec"],
+    ["metadata", "spec"],
+    metadata=strict(["labels"], labels=PARAMETERS),
     spec=strict(
         ["containers"],
         serviceAccountName=STRING,
@@ -308,6 +309,13 @@ def test_kuberay_lets_only_its_own_pods_and_the_operator_in() -> None:
     assert policy["kind"] == "NetworkPolicy" and policy["spec"]["policyTypes"] == ["Ingress"]
     for rule in policy["spec"]["ingress"]:
         assert rule["from"] and all(peer for peer in rule["from"])  # an empty one would mean everybody
+    job = next(yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text()))
+    cluster = job["spec"]["rayClusterSpec"]
+    selected = dict(policy["spec"]["podSelector"]["matchLabels"])
+    assert selected.pop("ray.io/node-type") == "head"  # KubeRay's own label
+    assert selected == policy["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert selected.items() <= group["template"]["metadata"]["labels"].items()
 
 
 @pytest.mark.parametrize("name", ALL)
