@@ -81,14 +81,14 @@ def train_on_ray(
     def start(epoch: int) -> Iterator[stream.Tensors]:
         return stream.epoch_stream(
             training, config.augment, seed=0, epoch=epoch, batch_size=config.batch_size,
-            cpus_per_task=cpus * DATA_SHARE,
+            cpus_per_task=cpus * DATA_SHARE, device=device,
         )  # fmt: skip
 
     with stream.EpochStreams(start, epochs=config.epochs, tiles=count) as training_batches:
         fit(
             config,
             training_batches,
-            lambda: stream.plain_stream(validation, batch_size=EVALUATION_BATCH),
+            lambda: stream.plain_stream(validation, batch_size=EVALUATION_BATCH, device=device),
             report,
             steps=math.ceil(count / config.batch_size),
             device=torch.device(device),
