@@ -6,6 +6,7 @@ trial, and every few seconds between. The mirror is the truth: a resumed session
 """
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -28,6 +29,9 @@ from saltray.config import UserError
 
 MIRROR_SECONDS = 10.0
 """How old the mirror of a study may become while trials run; their ends are mirrored at once."""
+
+UNSENT = ".unsent"
+"""In a working folder while it may hold what its URI does not."""
 
 PROBE_SECONDS = 60.0
 """How long a machine may take to show that it sees the run's folder."""
@@ -111,15 +115,28 @@ def refuse_taken(place: Home) -> None:
 def fetch(place: Home) -> None:
     """Copy a mirrored run's small files to its working folder, over what an earlier session left there.
 
+    What that session could not copy to the URI is copied now, before anything is overwritten.
+
     Raises:
-        StorageError: the URI cannot be read, or holds no run.
+        StorageError: the URI cannot be read or written, or holds no run; or another machine has gone on with
+            it, so that neither side is the newer one.
     """
     if place.uri is None:
         return
+    if (place.folder / UNSENT).exists() and (place.folder / "run.json").exists():
+        if not _goes_on(place):
+            raise StorageError(
+                f"{place.folder}: holds what an earlier session could not copy to {place}, with which "
+                "another machine has gone on since. Move that folder away to take what the URI holds"
+            )
+        with Mirror(place):
+            pass
     found = names(place.uri)
     if "run.json" not in found:
         raise StorageError(f"{place}: no run.json in it; not the folder of a run")
     filesystem, root = open_uri(place.uri)
+    for stale in place.folder.glob("*.db-*"):  # a killed session's, which would be played into the new file
+        stale.unlink()
     try:
         for path in [
             path for name in found if name != "trials" for path in _files(filesystem, f"{root}/{name}")
@@ -130,6 +147,18 @@ def fetch(place: Home) -> None:
                 target.write_bytes(file.read())
     except OSError as error:
         raise StorageError(f"{place}: cannot be read: {error}") from None
+
+
+def _goes_on(place: Home) -> bool:
+    """Tell whether a working folder has all sessions that its URI has, in its `run.json`."""
+    filesystem, path = open_uri(f"{place.uri}/run.json")
+    try:
+        text = _read(filesystem, path)
+    except OSError as error:
+        raise StorageError(f"{place}: cannot be read: {error}") from None
+    there = json.loads(text)["sessions"] if text else []
+    here = json.loads((place.folder / "run.json").read_text())["sessions"]
+    return bool(here[: len(there)] == there)
 
 
 def _files(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
@@ -149,12 +178,18 @@ class Mirror:
     _last: float = 0.0
 
     def __enter__(self) -> "Mirror":
-        """Begin."""
+        """Begin; until the end is copied, the working folder may be ahead."""
+        if self.home.uri is not None:
+            (self.home.folder / UNSENT).touch()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Copy what the end has left; a failure to copy hides no other."""
-        self.push() if kind is None else self.push_now()
+        if kind is None:
+            self.push()
+        elif not self.push_now():
+            return
+        (self.home.folder / UNSENT).unlink(missing_ok=True)
 
     def push(self) -> None:
         """Copy what has changed.
@@ -173,6 +208,7 @@ class Mirror:
                 or name.parts[0] == "trials"
                 or name.parts[0].endswith((".new", ".old"))  # bundles that are being made
                 or re.search(r"\.lock$|\.tmp$|\.db-", file.name)
+                or file.name == UNSENT
             ):
                 continue
             stat = file.stat()
@@ -195,12 +231,14 @@ class Mirror:
         if time.monotonic() - self._last > MIRROR_SECONDS:
             self.push_now()
 
-    def push_now(self) -> None:
-        """Copy what has changed; a failure is logged, and tried again the next time."""
+    def push_now(self) -> bool:
+        """Copy what has changed, and tell whether that went well; a failure is logged, and tried again."""
         try:
             self.push()
         except StorageError as error:
             _LOG.warning("%s", error)
+            return False
+        return True
 
 
 def _database(file: Path) -> bytes:
@@ -257,8 +295,8 @@ def probe(place: Home) -> None:
             _write(filesystem, path, here)
             for node in nodes:
                 with _removed(filesystem, f"{path}-{node['NodeID']}"):
-                    problem = _ask(node["NodeID"], mark, here)
                     name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+                    problem = _ask(node["NodeID"], name, mark, here)
                     if problem:
                         raise StorageError(
                             f"{place}: {name} does not share it with {here}: {problem}. {advice}"
@@ -269,14 +307,21 @@ def probe(place: Home) -> None:
         raise StorageError(f"{place}: {here} cannot write there: {error}") from None
 
 
-def _ask(node: str, mark: str, expected: str) -> str:
-    """Let a machine read the mark and write its own; return what went wrong."""
+def _ask(node: str, name: str, mark: str, expected: str) -> str:
+    """Let a machine read the mark and write its own; return what went wrong with the files.
+
+    Raises:
+        StorageError: saltray does not run there.
+    """
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
     task = ray.remote(_answer).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0)
     try:
         return str(ray.get(task.remote(node, mark, expected), timeout=PROBE_SECONDS))
+    except ray.exceptions.GetTimeoutError:
+        return f"no answer within {PROBE_SECONDS:g} s"
     except ray.exceptions.RayError as error:
-        return f"{type(error).__name__}: no answer within {PROBE_SECONDS:g} s"
+        last = str(error).strip().splitlines()[-1]
+        raise StorageError(f"{name}: saltray does not run there: {last}. Is it installed?") from None
 
 
 def _answer(node: str, mark: str, expected: str) -> str:
