@@ -139,12 +139,14 @@ def deep_supervision(
         config: the weights.
     """
     salt = (masks == 1).any(dim=2).any(dim=1)
+    rows = salt.nonzero().squeeze(1)  # once for all heads: a GPU is waited for here
     # There may be salt in ignored pixels: of such a tile nobody knows whether it is empty.
     unsure = ~salt & (masks == IGNORED).any(dim=2).any(dim=1)
     sure = empty.masked_fill(unsure, SURE)
     total = config.empty * functional.binary_cross_entropy_with_logits(sure, (~salt).float())
+    salty = masks[rows]
     for logits in auxiliary:
         # A batch without salt keeps the heads in the graph, where DDP looks for their gradients.
-        level = loss(logits[salt], masks[salt]) if salt.any() else 0 * logits.sum()
+        level = loss(logits[rows], salty) if len(rows) else 0 * logits.sum()
         total = total + config.auxiliary / len(auxiliary) * level
     return total

@@ -44,11 +44,14 @@ class SameConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the convolution."""
         (kernel, _), (stride, _) = self.kernel_size, self.stride
-        sides: list[int] = []
-        for n in (x.shape[3], x.shape[2]):  # functional.pad takes the last axis first
-            total = max((math.ceil(n / stride) - 1) * stride + kernel - n, 0)
-            sides += [total // 2, total - total // 2]
-        return super().forward(functional.pad(x, sides))
+        height, width = (
+            max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in (x.shape[2], x.shape[3])
+        )
+        # The convolution pads both sides alike, without a copy; what is odd is added before.
+        if height % 2 or width % 2:
+            x = functional.pad(x, (0, width % 2, 0, height % 2))
+        sides = (height // 2, width // 2)
+        return functional.conv2d(x, self.weight, self.bias, self.stride, sides, self.dilation, self.groups)
 
 
 class InvertedResidual(nn.Module):

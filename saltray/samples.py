@@ -41,16 +41,17 @@ def choose(batches: Iterable[Mapping[str, npt.NDArray[Any]]]) -> Samples:
         At most `COUNT` tiles; the same ones for the same batches.
     """
     parts = list(batches)
-    image, mask, depth, coverage = (
-        np.concatenate([part[name] for part in parts]) for name in ("image", "mask", "z", "coverage")
-    )
+    coverage = np.concatenate([part["coverage"] for part in parts])
+    places = [(part, row) for part in parts for row in range(len(part["coverage"]))]
     order = np.argsort(coverage, kind="stable")
     salt = order[coverage[order] > 0]
     spread = np.linspace(0, len(salt) - 1, min(COUNT - 1, len(salt))).round().astype(int)
     chosen = np.concatenate([np.flatnonzero(coverage == 0)[:1], salt[spread]])
-    return Samples(
-        image[chosen].astype(np.uint8), mask[chosen].astype(np.uint8), depth[chosen].astype(np.float32)
+    # Only the chosen tiles' pixels are copied: there may be many thousands.
+    image, mask, depth = (
+        np.array([places[i][0][name][places[i][1]] for i in chosen]) for name in ("image", "mask", "z")
     )
+    return Samples(image.astype(np.uint8), mask.astype(np.uint8), depth.astype(np.float32))
 
 
 def draw(folder: Path, samples: Samples, device: torch.device) -> None:

@@ -105,10 +105,12 @@ def epoch_stream(
     epoch: int,
     batch_size: int,
     cpus_per_task: float,
+    device: str = "cpu",
 ) -> Iterator[Tensors]:
     """Stream one epoch of training tiles: newly shuffled and augmented, the same for the same seed.
 
-    The last batch may be smaller.
+    The last batch may be smaller. Batches lie on the device: left to itself, Ray Data would take any GPU
+    that it sees.
     """
     order = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     stream = tiles.randomize_block_order(seed=order).map_batches(
@@ -123,13 +125,16 @@ def epoch_stream(
         local_shuffle_buffer_size=SHUFFLE_BUFFER,
         local_shuffle_seed=order,
         prefetch_batches=2,
+        device=device,
     )
     return iter(batches)
 
 
-def plain_stream(tiles: ray.data.Dataset, *, batch_size: int) -> Iterator[Tensors]:
+def plain_stream(tiles: ray.data.Dataset, *, batch_size: int, device: str = "cpu") -> Iterator[Tensors]:
     """Stream tiles as they are, each once, in their order: for validation."""
-    batches = tiles.iter_torch_batches(batch_size=batch_size, collate_fn=_collate, prefetch_batches=2)
+    batches = tiles.iter_torch_batches(
+        batch_size=batch_size, collate_fn=_collate, prefetch_batches=2, device=device
+    )
     return iter(batches)
 
 

@@ -316,7 +316,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def to_input(images: Tensor, device: torch.device) -> Tensor:
     """Map uint8 images (n, h, w) to the network's input, float32 (n, 1, h, w) in [0, 1]."""
     # As bytes over the bus: a quarter of what floats would take.
-    pixels = images.to(device, non_blocking=True).unsqueeze(1).float().div_(255)
+    # From a GPU to the CPU nothing may run ahead: the pixels would be read before they are there.
+    pixels = images.to(device, non_blocking=device.type == "cuda").unsqueeze(1).float().div_(255)
     return pixels.contiguous(memory_format=torch.channels_last)
 
 

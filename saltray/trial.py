@@ -196,10 +196,11 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
             epoch=epoch,
             batch_size=batch_size,
             cpus_per_task=resources.cpus * DATA_SHARE,
+            device=str(device),
         )
 
     def validation_batches() -> training.Batches:
-        return stream.plain_stream(share.validation, batch_size=EVALUATION_BATCH)
+        return stream.plain_stream(share.validation, batch_size=EVALUATION_BATCH, device=str(device))
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         if folder and metrics["map"] == metrics["best_map"]:
