@@ -35,14 +35,15 @@ from saltray.config import TrialConfig, counted
 from saltray.ensemble import Selection
 from saltray.ensemble_section import pseudo_labels_in_words
 from saltray.folds import Data
+from saltray.limits import Limits, ended_without_gain
 from saltray.metrics import Postprocessing
 from saltray.outoffold import Candidate, Source
 from saltray.plan import Plan, plan
 from saltray.study import (
+    REFITS,
     best_trials,
     checkpoint_of,
     count,
-    ended_without_gain,
 )
 from saltray.trial import Tiles
 from saltray.view import LiveView
@@ -127,7 +128,7 @@ def _kept(job: Job) -> list[Candidate]:
 
 def _refit_best(job: Job, parts: Sequence[ray.data.Dataset]) -> optuna.Study:
     """Refit the best configurations; return the study of it."""
-    name = f"{search.REFITS}{len(parts)}"
+    name = f"{REFITS}{len(parts)}"
     study = _beside(job, name)
     if not is_over(job):
         return study
@@ -159,7 +160,7 @@ def _run(
     if settings.time_budget is not None:
         left["time_budget"] = settings.time_budget - (time.monotonic() - job.started)
     config = settings.model_copy(update=left)
-    if search.Limits(study, config).stop_all():
+    if Limits(study, config).stop_all():
         return
     chosen = plan(
         run.nodes(),
@@ -233,7 +234,7 @@ def _pseudo_refits(job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen) 
         for picks in selection.picks_by_fold
     ]
     digest = hashlib.sha256(json.dumps([labellers, members]).encode()).hexdigest()[:8]
-    name = f"{search.REFITS}{len(parts)}-pseudo-{digest}"
+    name = f"{REFITS}{len(parts)}-pseudo-{digest}"
     study = _beside(job, name)
     if "tiles" in study.user_attrs and not count(study).waiting:
         return study

@@ -182,6 +182,12 @@ def decode_local(table: Table) -> tuple[Batch, Problems]:
 
 def refuse(problems: Problems, where: str) -> None:
     """Raise a DataError that lists every problem, if there is one."""
+    if len(problems) > 1 and "://" not in where and all("No such file" in p for p in problems.values()):
+        # This machine has listed them: it is another one that decodes, and does not see the folder.
+        raise DataError(
+            f"{where}: {counted(len(problems), 'tile')} that a machine of the cluster cannot open, such as "
+            f"{min(problems)}: {problems[min(problems)]}. All machines must see that folder: NFS, or s3://"
+        )
     if problems:
         lines = "\n".join(f"  {tile}: {problem}" for tile, problem in sorted(problems.items()))
         raise DataError(

@@ -79,8 +79,15 @@ def best_count(rate: Callable[[int], float], most: int) -> int:
     Args:
         rate: number of trials -> tiles a second of all of them; 0 where they do not fit.
         most: trials at most.
+
+    Raises:
+        PlanError: not even one fits.
     """
     best, highest = 1, rate(1)
+    if not highest:
+        raise PlanError(
+            "--gpus-per-trial auto: the first configuration alone is too large for a GPU's memory"
+        )
     for count in COUNTS[1:]:
         if count > most:
             break

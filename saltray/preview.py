@@ -56,7 +56,7 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
     finally:
         run.disconnect()
     training_tiles = count * (splitting.FOLDS - 1) // splitting.FOLDS
-    trial_seconds = [settings.epochs * training_tiles / rate for rate in rates]
+    trial_seconds = [settings.epochs * training_tiles / rate if rate else math.inf for rate in rates]
     console.print(f"[bold]{escape(str(space.path))}[/]\n")
     console.print(_parameters([drawn for drawn, _ in samples]))
     console.print()
@@ -67,7 +67,11 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
         f"{chosen}; searcher {settings.searcher}, scheduler {settings.scheduler}.",
         soft_wrap=True,
     )
-    mean = sum(trial_seconds) / len(trial_seconds)
+    fitting = [seconds for seconds in trial_seconds if seconds < math.inf]
+    if not fitting:
+        console.print("None of them fits into a GPU's memory beside as many others.", style="yellow")
+        return
+    mean = sum(fitting) / len(fitting)
     console.print(_estimate(settings, mean, chosen.concurrency), soft_wrap=True)
     if settings.folds is not None:
         console.print(_refits(settings, count, mean / training_tiles, chosen.concurrency), soft_wrap=True)
@@ -110,7 +114,8 @@ def _samples(
     for (drawn, config), rate, time_ in zip(samples, rates, seconds, strict=True):
         with torch.device("meta"):
             weights = count_parameters(build_model(config.model))
-        table.add_row(f"{weights:,}", f"{rate:.0f}", duration(time_), text(drawn.params))
+        speed = (f"{rate:.0f}", duration(time_)) if rate else ("too large", "–")
+        table.add_row(f"{weights:,}", *speed, text(drawn.params))
     return table
 
 

@@ -89,7 +89,10 @@ def describe(configurations: int, folds: int) -> str:
 
 
 def enqueue(refits: optuna.Study, trials: Sequence[int], folds: int) -> None:
-    """Let the refits of some trials wait, as far as they are not known; those of others wait no longer."""
+    """Let the refits of some trials wait, as far as they are not known; those of others wait no longer.
+
+    One that crashed is tried again: this session may have another disk, machine or version.
+    """
     wanted = [[trial, fold] for trial in trials for fold in range(folds)]
     for known in refits.get_trials(deepcopy=False):
         if known.state in (TrialState.WAITING, TrialState.RUNNING) and _of(known) not in wanted:
@@ -97,7 +100,8 @@ def enqueue(refits: optuna.Study, trials: Sequence[int], folds: int) -> None:
             refits._storage.set_trial_user_attr(known._trial_id, "reason", "no longer among the best")
             refits._storage.set_trial_user_attr(known._trial_id, REFIT, None)
             refits._storage.set_trial_state_values(known._trial_id, TrialState.FAIL)
-    known_refits = [_of(t) for t in refits.get_trials(deepcopy=False)]
+    trials_now = refits.get_trials(deepcopy=False)
+    known_refits = [_of(t) for t in trials_now if "crashed" not in t.user_attrs]
     for trial, fold in wanted:
         if [trial, fold] not in known_refits:
             refits.enqueue_trial({"trial": trial, "fold": fold}, user_attrs={REFIT: [trial, fold]})
@@ -111,8 +115,11 @@ def waiting_trials(refits: optuna.Study) -> set[int]:
 
 def failed(refits: optuna.Study) -> int:
     """Return how many refits failed; of their configurations no ensemble can be made."""
-    ended = refits.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    return sum(bool(_of(refit)) for refit in ended)
+    states: dict[TrialState, set[tuple[int, ...]]] = {}
+    for refit in refits.get_trials(deepcopy=False):
+        states.setdefault(refit.state, set()).add(tuple(_of(refit)))
+    again = set().union(*(known for state, known in states.items() if state != TrialState.FAIL))
+    return len(states.get(TrialState.FAIL, set()) - again - {()})
 
 
 def candidates(refits: optuna.Study, study: optuna.Study, folds: int, most: int) -> list[Candidate]:

@@ -45,7 +45,7 @@ FORMAT = 1
 """Of `run.json`; a newer one is refused."""
 
 
-_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]*@")
+_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]*(?=@)|([?&](?:ssl)?password=)[^&\s]+")
 
 
 class RunError(UserError):
@@ -96,11 +96,12 @@ class Settings(SearchConfig):
         return f"{counted(self.trials, 'trial')} of up to {counted(self.epochs, 'epoch')}"
 
 
-def refuse_taken(folder: Path) -> None:
+def refuse_taken(home: storage.Home) -> None:
     """Raise a RunError where a new run's folder already holds something."""
+    folder = home.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(
-            f"{folder}: already there. To go on with that run: --resume {shlex.quote(str(folder))}; "
+            f"{folder}: already there. To go on with that run: --resume {shlex.quote(str(home))}; "
             "to start a new one: another --out"
         )
 
@@ -207,7 +208,7 @@ def options(settings: Settings, space: Path) -> str:
     given = settings.model_dump(exclude_defaults=True, exclude={"study_name", "space", *switches})
     given |= {"space": space, "trials": settings.trials, "epochs": settings.epochs, "seed": settings.seed}
     if settings.time_budget:
-        given["time_budget"] = f"{settings.time_budget:g}s"
+        given["time_budget"] = f"{settings.time_budget:.12g}s"
     words = []
     for name, value in given.items():
         text = f"{value:g}" if isinstance(value, float) else str(value)
@@ -227,7 +228,7 @@ def environment() -> dict[str, Any]:
     program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _PASSWORD.sub(r"\1***@", " ".join([program, *sys.argv[1:]])),
+        "command": _PASSWORD.sub(r"\1\2***", " ".join([program, *sys.argv[1:]])),
         "python": platform.python_version(),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",

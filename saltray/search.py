@@ -7,7 +7,6 @@ waits there with its parameters and its checkpoint, and a resumed search reads w
 import errno
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,88 +20,31 @@ from ray.tune.search import Searcher
 from saltray.checkpoint import TRAINING
 from saltray.config import DISK_FULL, SearchConfig, UserError
 from saltray.engine import METRIC, make_sampler, make_scheduler
+from saltray.limits import Limits
 from saltray.plan import Plan
 from saltray.space import Space
 from saltray.storage import names, openable
-from saltray.study import (
-    checkpoint_of,
-    checkpoints_of,
-    count,
-    ended_without_gain,
-    epochs_of,
-    gpu_hours,
-    requeue,
-)
+from saltray.study import checkpoint_of, checkpoints_of, count, epochs_of, requeue
 from saltray.trial import Tiles, WorkerResources, run_trial
 
 BAD_DRAWS = 20
 """How many draws in a row a space may fail at."""
+
+CRASHES = 5
+"""How many trials in a row may crash, without an epoch between, before the search ends."""
 
 RETRIES = 3
 """How often a trial whose process died starts again from its last epoch."""
 
 COLUMNS = (
     *("epoch", "loss", "map", "learning_rate", "seconds", "tiles_per_second", "validation_tiles_per_second"),
-    *("workers", "host", "ended"),
+    *("workers", "gpus", "host", "ended"),
 )
 """Of an epoch's row in a trial's user attribute `epochs`."""
 
 
-REFITS = "folds-"
-"""How the name of a study of refits begins, behind the search's own."""
-
-
 class SearchError(UserError):
     """The search cannot run as asked."""
-
-
-class Limits(tune.Stopper):
-    """The search's budgets: time and GPU-hours cut running trials off, patience begins no new ones."""
-
-    def __init__(self, study: optuna.Study, config: SearchConfig) -> None:
-        """Start the clock."""
-        self._study, self._config = study, config
-        self._started = time.monotonic()
-        self._elsewhere = 0.0 if config.gpu_hours is None else _gpu_hours_elsewhere(study)
-        self.reached = ""
-        """Which limit ended the search; empty where none did."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the study out of Tune's own snapshot of the search, which is never restored."""
-        return {}
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Leave single trials to the scheduler."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Say whether the running trials are to be cut off; they wait in the study for a resumed search."""
-        seconds, hours = self._config.time_budget, self._config.gpu_hours
-        if seconds is not None and time.monotonic() - self._started >= seconds:
-            self.reached = "the time budget is used up"
-        elif hours is not None and self._elsewhere + gpu_hours(self._study) >= hours:
-            self.reached = f"the {hours:g} GPU-hours are used up"
-        else:
-            return False
-        return True
-
-    def no_more(self) -> bool:
-        """Say whether no new trial is to be begun."""
-        patience = self._config.patience
-        if patience is None or ended_without_gain(self._study) < patience:
-            return False
-        self.reached = f"no better score in the last {patience} trials"
-        return True
-
-
-def _gpu_hours_elsewhere(study: optuna.Study) -> float:
-    """Return the GPU-hours of the run's other studies: its search's, and all of its refits'."""
-    run = study.study_name.partition(f" {REFITS}")[0]
-    return sum(
-        gpu_hours(optuna.load_study(study_name=name, storage=study._storage))
-        for name in optuna.get_all_study_names(study._storage)
-        if name != study.study_name and (name == run or name.startswith(f"{run} {REFITS}"))
-    )
 
 
 class StudySearch(Searcher):
@@ -191,7 +133,11 @@ class StudySearch(Searcher):
         last = rows[-1] if rows else {}
         again = last.get("epoch") == epoch and last.get("seconds") == result.get("seconds")
         if "loss" in result and not again:
-            more = {"host": result["node_ip"], "ended": datetime.now(UTC).isoformat(timespec="seconds")}
+            more = {
+                "gpus": self._resources.gpus * self._resources.workers,
+                "host": result["node_ip"],
+                "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
             rows.append({name: (result | more)[name] for name in COLUMNS})
             trial.set_user_attr("epochs", rows)
         if len(rows) == 1 and "parameters" in result:
@@ -221,10 +167,12 @@ class StudySearch(Searcher):
             trial.set_user_attr("checkpoint_before", before)
         trial.set_user_attr("checkpoint", place)
 
-    def record_failure(self, trial_id: str, reason: str) -> None:
-        """Record that a trial failed, and why."""
+    def record_failure(self, trial_id: str, reason: str, crashed: bool = False) -> None:
+        """Record that a trial failed, and why; one that `crashed` might do better elsewhere."""
         trial = self._trials[trial_id]
         trial.set_user_attr("reason", reason)
+        if crashed:
+            trial.set_user_attr("crashed", True)
         trial.set_user_attr("outcome", "failed")
         self.study.tell(trial, state=TrialState.FAIL)
 
@@ -273,6 +221,13 @@ class Recorder(tune.Callback):
     def __init__(self, search: StudySearch) -> None:
         """Keep the search."""
         self._search = search
+        self._crashes = 0
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Take note that trials get on."""
+        self._crashes = 0
 
     def on_checkpoint(
         self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any
@@ -284,12 +239,20 @@ class Recorder(tune.Callback):
         """Record an error that outlasted the retries: its traceback's last line.
 
         Raises:
-            SearchError: the disk is full; the trial waits for the next session, and no other has to fail.
+            SearchError: the disk is full, or one trial after the other crashes. The trial waits for the next
+                session, and no other has to fail.
         """
+        self._crashes += 1
         lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
+        reason = lines[-1] if lines else "its process died"
         if any(os.strerror(errno.ENOSPC) in line for line in lines):
             raise SearchError(f"{lines[-1]}. {DISK_FULL}")
-        self._search.record_failure(trial.trial_id, lines[-1] if lines else "its process died")
+        if self._crashes >= CRASHES:
+            raise SearchError(
+                f"{self._crashes} trials in a row crashed without an epoch, the last of: {reason}. "
+                "Mend it, then go on with the run: --resume"
+            )
+        self._search.record_failure(trial.trial_id, reason, crashed=True)
         self._trim(trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -20,6 +20,7 @@ from saltray import (
     bundle,
     dataset,
     demo,
+    ensemble_bundle,
     folds,
     inference,
     packing,
@@ -80,8 +81,8 @@ def start(
     folder = home.folder
     space = spaces.load(Path(settings.space))
     _check(space, settings)
-    run.refuse_taken(folder)
     storage.refuse_taken(home)
+    run.refuse_taken(home)
     place = Place(folder, url, settings.study_name)
     refuse_taken_name(place)
     before = run.fetched(settings.warm_start) if settings.warm_start else None
@@ -90,6 +91,8 @@ def start(
     dashboard = _connect(console, address)
     try:
         chosen = plan_for(settings, space)
+        if settings.gpu_hours is not None and not chosen.resources.gpus:
+            raise run.RunError(f"--gpu-hours {settings.gpu_hours:g}: no GPU here; use --time-budget")
         _probe(console, home)
         if settings.data == str(demo_data(folder)):
             console.print("No --data: making synthetic seismic tiles.")
@@ -190,8 +193,6 @@ def plan_for(settings: run.Settings, space: Space, trials: int | None = None) ->
         cpus=settings.cpus_per_trial,
         gpus=gpus,
     )
-    if settings.gpu_hours is not None and not chosen.resources.gpus:
-        raise run.RunError(f"--gpu-hours {settings.gpu_hours:g}: trials have no GPU here; use --time-budget")
     return chosen
 
 
@@ -281,7 +282,8 @@ def _search_and_predict(
         reached = search.run_search(space, tiles, chosen, mirror.home.trials, study, settings, callbacks)
     with console.status("predicting"), run.quiet(folder / "logs" / "predict.log"):
         best = best_trial(study)
-        facts = _predict(folder, best, data)
+        # One that an ensemble has written stays until the next ensemble is there.
+        facts = _predict(folder, best, data, submit=not (folder / ensemble_bundle.FOLDER).exists())
         tracking.log_best(study, folder / "best", {k: facts[k] for k in ("threshold", "validation_map")})
     if settings.blends:
         # The best model is on the disk by now, whatever becomes of what follows.
@@ -292,8 +294,8 @@ def _search_and_predict(
     _tell_end(console, mirror.home, settings, study, best, facts, reached)
 
 
-def _predict(folder: Path, best: FrozenTrial, data: Data) -> dict[str, Any]:
-    """Choose the postprocessing, write the submission and the best model's bundle; return what is known."""
+def _predict(folder: Path, best: FrozenTrial, data: Data, submit: bool) -> dict[str, Any]:
+    """Choose the postprocessing, write the best model's bundle and its submission; return what is known."""
     model = bundle.stage(folder, best.user_attrs["checkpoint"])
     chosen, scores, table = inference.calibrate(model, data.validation)
     gallery = inference.illustrate(
@@ -303,9 +305,10 @@ def _predict(folder: Path, best: FrozenTrial, data: Data) -> dict[str, Any]:
     facts |= folds.lone_score(data.training, data.validation, table)
     tiles = bundle.describe_tiles(data.training.count(), table["coverage"])
     bundle.add_metrics(model, {"trial": best.number, "tiles": tiles} | facts)
-    codes = inference.segment(model, data.test, chosen)
     validation.write(folder, table, gallery)
-    submission.write(folder / "submission.csv", data.ids, codes)
+    if submit:
+        codes = inference.segment(model, data.test, chosen)
+        submission.write(folder / "submission.csv", data.ids, codes)
     try:
         bundle.export_onnx(model)
     except bundle.ExportError as error:

@@ -2,7 +2,8 @@
 
 By default it is `study.db` (SQLite) in the run's folder; a team may keep its studies in one PostgreSQL
 server. Trials carry user attributes: `epochs` (a row for each epoch that was done, redone ones twice),
-`checkpoint` and `checkpoint_before`, `hardware`, `seconds`, `host`, `outcome`, and for failed ones `reason`.
+`checkpoint` and `checkpoint_before`, `hardware`, `seconds`, `host`, `outcome`, and for failed ones `reason`
+and, where the process did, `crashed`.
 A trial taken over from another run carries `adopted`, and counts neither as this run's nor as its best.
 """
 
@@ -26,6 +27,9 @@ from saltray.config import Objective, UserError
 
 STUDY_NAME = "saltray"
 """Of the one study in a run's own `study.db`."""
+
+REFITS = "folds-"
+"""How the name of a study of refits begins, behind the search's own."""
 
 FORMAT = 1
 """Of the study's attributes; a newer one is refused."""
@@ -122,10 +126,11 @@ def open_storage(place: Place) -> RDBStorage:
 
 
 def _check_file(file: Path) -> None:
-    """Refuse a file that Optuna would fail at, or write its tables into; it is only read."""
+    """Refuse a file that Optuna would fail at, or write its tables into."""
     try:
         with closing(
-            sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
+            # To be written: a session that was killed in a commit left what SQLite has to take back first.
+            sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=60)
         ) as database:
             answer = database.execute("PRAGMA quick_check").fetchone()[0]
             tables = {
@@ -256,29 +261,11 @@ def epochs_of(trial: FrozenTrial | optuna.Trial) -> list[dict[str, Any]]:
     """Return a row for each epoch that a trial did, in the order they were done; a redone one is there twice.
 
     A row has `epoch` (from 1), `loss`, `map`, `learning_rate`, `seconds`, `tiles_per_second` (in training),
-    `validation_tiles_per_second`, `workers` (how many; absent in older studies), `host` (its address) and
-    `ended` (ISO 8601, UTC).
+    `validation_tiles_per_second`, `workers` (how many) and `gpus` (of all workers; both absent in older
+    studies), `host` (its address) and `ended` (ISO 8601, UTC).
     """
     rows: list[dict[str, Any]] = trial.user_attrs.get("epochs", [])
     return rows
-
-
-def gpu_hours(study: optuna.Study) -> float:
-    """Return the GPU-hours that the study's own trials took, over all sessions."""
-    hours: float = sum(
-        row["seconds"] * t.user_attrs["hardware"]["gpus"] / 3600
-        for t in own_trials(study)
-        if "hardware" in t.user_attrs
-        for row in epochs_of(t)
-    )
-    return hours
-
-
-def ended_without_gain(study: optuna.Study) -> int:
-    """Return how many trials have ended since the one with the best score; failed ones are left out."""
-    ended = [t for t in own_trials(study) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    scores = [score(t) for t in sorted(ended, key=lambda t: (t.datetime_complete, t.number))]
-    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
 def checkpoint_of(trial: FrozenTrial | optuna.Trial) -> str | None:
@@ -312,6 +299,12 @@ def best_trials(study: optuna.Study, most: int) -> list[FrozenTrial]:
     own = own_trials(study)
     usable = [t for t in own if t.intermediate_values and checkpoint_of(t)]
     if not usable:
+        lost = [t.user_attrs["checkpoint"] for t in own if "checkpoint" in t.user_attrs]
+        if lost:
+            raise StudyError(
+                f"no trial has a checkpoint: {lost[0]} is not there, nor any other that the study names. If "
+                "the run's folder was moved, move it back, or put a link there"
+            )
         reasons = {t.user_attrs["reason"] for t in own if "reason" in t.user_attrs}
         if count(study).waiting:
             reasons.add("Trials wait: go on with --resume, and a larger budget if it was used up")

@@ -175,6 +175,15 @@ def test_all_bad_tiles_are_named_at_once_and_the_good_remain(data: Path) -> None
     assert rows["row"].tolist() == [IDS.index(i) for i in remaining]
 
 
+def test_a_folder_that_another_machine_does_not_see_is_told_as_that(data: Path) -> None:
+    table = read_test(open_folder(str(data)))
+    for file in (data / "test" / "images").iterdir():  # this machine has listed them
+        file.unlink()
+    _, problems = decode(table)
+    with pytest.raises(DataError, match=r"cannot open, such as .*All machines must see that folder: NFS"):
+        refuse(problems, str(data))
+
+
 def test_tiles_that_are_all_bad_are_all_named(data: Path) -> None:
     for file in (data / "test" / "images").iterdir():
         file.write_bytes(png(np.zeros((128, 128), np.uint8)))

@@ -34,6 +34,7 @@ LAYERS = [
     ["engine"],
     ["plan"],
     ["packing"],
+    ["limits"],
     ["search"],
     ["submission"],
     ["validation"],
@@ -134,7 +135,7 @@ def test_numerics_and_files_need_no_ray(name: str) -> None:
 
 
 def test_only_the_search_and_its_readers_know_optuna() -> None:
-    known = {"space", "study", "engine", "search", "view", "tracking", "refits", "blend"}
+    known = {"space", "study", "engine", "limits", "search", "view", "tracking", "refits", "blend"}
     known |= {"session", "preview"}
     known |= {"ensemble_section", "trial_figures", "tile_figures", "findings", "sections", "report"}
     assert {name for name in MODULES if foreign(name, "optuna")} <= known

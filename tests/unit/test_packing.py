@@ -32,6 +32,11 @@ def test_trials_that_do_not_fit_its_memory_are_not_taken() -> None:
     assert best_count(measured(100, 200, 0)[0], most=16) == 2
 
 
+def test_a_network_that_never_fits_is_refused() -> None:
+    with pytest.raises(PlanError, match="too large for a GPU's memory"):
+        best_count(measured(0)[0], most=16)
+
+
 def test_the_cpus_bound_the_trials_of_a_gpu() -> None:
     rate, asked = measured(1, 2, 3, 4, 5, 6, 7, 8)
     most = most_side_by_side([{"CPU": 16, "GPU": 1}, {"CPU": 8, "GPU": 2}, {"CPU": 64}])

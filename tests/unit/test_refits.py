@@ -84,6 +84,21 @@ def test_refits_that_are_known_are_not_asked_again_and_others_no_longer(
     assert refits.failed(refit_study) == 1
 
 
+def test_a_refit_whose_process_died_is_tried_again(study: optuna.Study, tmp_path: Path) -> None:
+    refit_study = refits.beside(study, "folds-2")
+    refits.enqueue(refit_study, [2], 2)
+    searching = searcher(refit_study)
+    for name in "ab":
+        searching.suggest(name)
+    finish(searching, "a", tmp_path / "a")
+    searching.record_failure("b", "its process died", crashed=True)
+    assert refits.failed(refit_study) == 1
+    refits.enqueue(refit_study, [2], 2)
+    assert refits.failed(refit_study) == 0
+    waiting = [t.user_attrs[refits.REFIT] for t in refit_study.trials if t.state == TrialState.WAITING]
+    assert waiting == [[2, 1]]
+
+
 def test_a_killed_refit_goes_on_from_its_last_epoch(study: optuna.Study, tmp_path: Path) -> None:
     refit_study = refits.beside(study, "folds-2")
     refits.enqueue(refit_study, [0], 2)

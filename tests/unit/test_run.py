@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from saltray import run
+from saltray import run, storage
 from saltray.run import RunError, Settings
 
 SETTINGS = Settings(data="DIR", space="space.py", trials=3, epochs=2, seed=0)
@@ -59,11 +59,11 @@ def test_one_session_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_taken_folder_is_refused(tmp_path: Path) -> None:
-    run.refuse_taken(tmp_path / "new")
-    run.refuse_taken(tmp_path)  # empty
+    run.refuse_taken(storage.Home(tmp_path / "new"))
+    run.refuse_taken(storage.Home(tmp_path))  # empty
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="--resume"):
-        run.refuse_taken(tmp_path)
+        run.refuse_taken(storage.Home(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -10,6 +11,7 @@ from ray.tune.search import Searcher
 
 from saltray import search
 from saltray.config import SearchConfig
+from saltray.limits import Limits, gpu_hours
 from saltray.space import Space
 from saltray.study import (
     Counts,
@@ -19,7 +21,6 @@ from saltray.study import (
     count,
     create_study,
     epochs_of,
-    gpu_hours,
     load_study,
     requeue,
 )
@@ -55,7 +56,7 @@ def open_search(
     study = load_study(folder) if there else create_study(Place(folder), config.objective)
     if not there and space.first is not None:
         study.enqueue_trial(space.first)
-    limits = search.Limits(study, config)
+    limits = Limits(study, config)
     return search.StudySearch(space, study, config, parallel=False, resources=resources, limits=limits)
 
 
@@ -248,15 +249,59 @@ def test_patience_begins_no_new_trial(folder: Path) -> None:
     assert len(searcher.study.trials) == 4
 
 
+def test_patience_still_runs_what_waits(folder: Path) -> None:
+    searcher = open_search(folder, patience=1)
+    for name, value in (("a", 0.5), ("b", 0.1)):
+        searcher.suggest(name)
+        searcher.on_trial_complete(name, result(3, value))
+    searcher.study.enqueue_trial({})  # as one that was cut off does
+    assert isinstance(searcher.suggest("c"), dict)
+    asked: Any = searcher.suggest("d")
+    assert asked == Searcher.FINISHED
+
+
+def test_gpu_hours_are_counted_by_what_each_session_had(folder: Path) -> None:
+    whole = open_search(folder, resources=WorkerResources(1, 1, 1))
+    whole.suggest("a")
+    whole.on_trial_result("a", result(1, 0.1, seconds=3600))
+    requeue(whole.study)
+    quarter = search.StudySearch(
+        whole._space, whole.study, whole._config, parallel=False, resources=WorkerResources(1, 1, 0.25)
+    )
+    quarter.suggest("b")
+    quarter.on_trial_result("b", result(2, 0.1, seconds=3600))
+    assert gpu_hours(whole.study) == pytest.approx(1.25)
+
+
+def test_one_crash_after_the_other_ends_the_search(folder: Path) -> None:
+    searcher = open_search(folder)
+    recorder = search.Recorder(searcher)
+
+    def crash(name: str) -> None:
+        spec = searcher.suggest(name)
+        trial = SimpleNamespace(trial_id=name, config=spec, error_file=None)
+        recorder.on_trial_error(0, [], trial)
+
+    for i in range(search.CRASHES - 1):
+        crash(f"a{i}")
+    recorder.on_trial_result(0, [], None, {})  # another one gets on
+    for i in range(search.CRASHES - 1):
+        crash(f"b{i}")
+    with pytest.raises(search.SearchError, match=r"5 trials in a row crashed.*its process died.*--resume"):
+        crash("c")
+    assert count(searcher.study).failed == 2 * (search.CRASHES - 1)
+    assert count(searcher.study).waiting == 1
+
+
 def test_limits_cut_off_and_say_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     searcher = open_search(folder, resources=WorkerResources(1, 1, 1))
-    limits = search.Limits(searcher.study, SearchConfig(gpu_hours=0.01, time_budget=100))
+    limits = Limits(searcher.study, SearchConfig(gpu_hours=0.01, time_budget=100))
     assert not limits.stop_all()
     searcher.suggest("a")
     searcher.on_trial_result("a", result(1, 0.1, seconds=36.1))
     assert limits.stop_all()
     assert limits.reached == "the 0.01 GPU-hours are used up"
-    limits = search.Limits(searcher.study, SearchConfig(time_budget=100))
+    limits = Limits(searcher.study, SearchConfig(time_budget=100))
     assert not limits.stop_all()
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 101)

@@ -7,6 +7,7 @@ import pytest
 from optuna.trial import BaseTrial, TrialState, create_trial
 
 from saltray import study as studies
+from saltray.limits import ended_without_gain
 from saltray.study import Place, StudyError, adopt, count, create_study, load_study
 
 
@@ -158,8 +159,8 @@ class TestAdopt:
 
 def test_ended_without_gain_counts_by_the_time_of_the_end(tmp_path: Path) -> None:
     study = create_study(Place(tmp_path))
-    assert studies.ended_without_gain(study) == 0
+    assert ended_without_gain(study) == 0
     for value in (0.3, 0.5, 0.4, 0.5):
         study.add_trial(known(TrialState.COMPLETE, {}, value))
     study.add_trial(known(TrialState.FAIL, {}))
-    assert studies.ended_without_gain(study) == 2
+    assert ended_without_gain(study) == 2
