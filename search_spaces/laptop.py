@@ -53,7 +53,8 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
         "optim": {
             "optimizer": "adamw",
             "learning_rate": trial.suggest_float("learning_rate", 3e-4, 5e-3, log=True),
-            "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-2, log=True),
+            # AdamW multiplies it by the rate: below 0.01 it does nothing.
+            "weight_decay": trial.suggest_float("weight_decay", 1e-4, 5e-1, log=True),
             "schedule": trial.suggest_categorical("schedule", ["cosine", "one_cycle"]),
             "average": "ema",
             "clip_norm": 1.0,

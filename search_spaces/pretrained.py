@@ -23,7 +23,7 @@ FIRST = {
     "second_loss": "lovasz_elu",
     "switch_at": 0.4,
     "learning_rate": 1e-3,
-    "weight_decay": 1e-4,
+    "weight_decay": 0.05,
     "schedule": "cosine",
     "average": "ema",
     "move": 0.5,
@@ -60,7 +60,8 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
         "optim": {
             "optimizer": "adamw",
             "learning_rate": trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
-            "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-2, log=True),
+            # AdamW multiplies it by the rate: below 0.01 it does nothing.
+            "weight_decay": trial.suggest_float("weight_decay", 1e-3, 5e-1, log=True),
             "schedule": trial.suggest_categorical("schedule", ["cosine", "one_cycle"]),
             "average": trial.suggest_categorical("average", ["none", "ema"]),
             "clip_norm": 1.0,

@@ -34,7 +34,7 @@ FIRST = {
     "switch_at": 0.4,
     "optimizer": "adamw",
     "learning_rate_adamw": 1e-3,
-    "weight_decay": 1e-4,
+    "weight_decay_adamw": 0.05,
     "schedule": "cosine",
     "cycles": 1,
     "clip_norm": True,
@@ -101,10 +101,12 @@ def _optim(trial: optuna.Trial) -> dict[str, Any]:
     name = trial.suggest_categorical("optimizer", ["adamw", "sgd"])
     # Each optimizer has rates of its own order.
     low, high = {"adamw": (2e-4, 5e-3), "sgd": (5e-3, 2e-1)}[name]
+    # AdamW multiplies its decay by the rate: what does anything lies between 0.01 and 0.5.
+    least, most = {"adamw": (1e-3, 5e-1), "sgd": (1e-6, 1e-2)}[name]
     optim: dict[str, Any] = {
         "optimizer": name,
         "learning_rate": trial.suggest_float(f"learning_rate_{name}", low, high, log=True),
-        "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-2, log=True),
+        "weight_decay": trial.suggest_float(f"weight_decay_{name}", least, most, log=True),
         "schedule": trial.suggest_categorical("schedule", ["cosine", "one_cycle"]),
         "clip_norm": 1.0 if trial.suggest_categorical("clip_norm", [False, True]) else None,
         "average": trial.suggest_categorical("average", ["none", "ema", "swa"]),
