@@ -93,7 +93,7 @@ def measure(nodes: int, trials: int, epochs: int) -> dict[str, float]:
         ):
             before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
             search.run_search(
-                Space(space, None, Path("planner")), None, Plan(nodes, Share()),  # type: ignore[arg-type]
+                Space(space, (), Path("planner")), None, Plan(nodes, Share()),  # type: ignore[arg-type]
                 str(folder / "trials"), study, config, [view, board],
             )  # fmt: skip
             after, wall = resource.getrusage(resource.RUSAGE_SELF), time.monotonic() - started

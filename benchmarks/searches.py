@@ -69,7 +69,7 @@ def run_here(
         for parameters in enqueue:
             study.enqueue_trial(parameters)
         search.run_search(
-            Space(draw, None, Path("benchmark")),
+            Space(draw, (), Path("benchmark")),
             tiles,
             chosen,
             str(folder / "trials"),

@@ -152,7 +152,7 @@ def ours(searcher: Any, scheduler: Any) -> Callable[[int, Any], tuple[Any, Any]]
         config = SearchConfig(epochs=EPOCHS, seed=seed, searcher=searcher, scheduler=scheduler)
         resources = WorkerResources(1, 1, 0)
         search = StudySearch(
-            Space(space, None, Path("simulation")), study, config, parallel=True, resources=resources
+            Space(space, (), Path("simulation")), study, config, parallel=True, resources=resources
         )
         return search, make_scheduler(scheduler, EPOCHS, [])
 

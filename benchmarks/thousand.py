@@ -108,7 +108,7 @@ def suggestions() -> list[Row]:
             study = create_study(Place(Path(folder)))
             _fill(study, size)
             config = SearchConfig(trials=10 * size, epochs=50)
-            source = Space(space, None, Path("benchmark"))
+            source = Space(space, (), Path("benchmark"))
             searcher = StudySearch(source, study, config, parallel=True, resources=Share())  # type: ignore[arg-type]
             times = []
             for i in range(SUGGESTIONS):

@@ -65,7 +65,7 @@ def space(configs: Mapping[int, TrialConfig]) -> Space:
         values["optim"] = {**values["optim"], "snapshots": False}  # nobody would use them
         return {name: value for name, value in values.items() if name not in ("epochs", "seed")}
 
-    return Space(draw, None, Path("the best configurations"))
+    return Space(draw, (), Path("the best configurations"))
 
 
 def run_refit(

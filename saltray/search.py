@@ -304,8 +304,9 @@ def run_search(
         Which limit ended the search; empty where all trials came to an end.
     """
     requeue(study)
-    if not study.get_trials(deepcopy=False) and space.first is not None:
-        study.enqueue_trial(space.first)
+    if not study.get_trials(deepcopy=False):
+        for first in space.first:
+            study.enqueue_trial(first)
     left = config.trials - count(study).ended
     if left < 1:
         return ""

@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ class SpaceError(UserError):
 
 @dataclass(frozen=True)
 class Space:
-    """A search space: draws one trial's configuration; `first` are the parameters of the first trial."""
+    """A search space: draws one trial's configuration; `first` are the parameters of the first trials."""
 
     draw: Callable[[optuna.trial.BaseTrial], Any]
-    first: dict[str, Any] | None
+    first: Sequence[dict[str, Any]]
     path: Path
 
     def config(self, trial: optuna.trial.BaseTrial, epochs: int, seed: int, workers: int = 1) -> TrialConfig:
@@ -59,7 +59,7 @@ class Space:
 
 
 def load(path: Path) -> Space:
-    """Load a search space from a Python file with `space(trial)` and, if wanted, a dict `FIRST`.
+    """Load a search space from a Python file with `space(trial)` and, if wanted, `FIRST`: a dict, or several.
 
     A space file is code: it runs with the rights of whoever starts the search.
 
@@ -79,7 +79,11 @@ def load(path: Path) -> Space:
     draw = getattr(module, "space", None)
     if not callable(draw):
         raise SpaceError(f"{path}: no function space(trial)")
-    return Space(draw, getattr(module, "FIRST", None), path)
+    first = getattr(module, "FIRST", ())
+    first = (first,) if isinstance(first, dict) else first
+    if not isinstance(first, list | tuple) or not all(isinstance(each, dict) for each in first):
+        raise SpaceError(f"{path}: FIRST: a dict of parameters is meant, or a list of them; got {first!r}")
+    return Space(draw, first, path)
 
 
 def refuse_change(before: str, path: Path) -> None:
@@ -105,28 +109,29 @@ def refuse_change(before: str, path: Path) -> None:
 
 
 def _check_first(space: Space) -> None:
-    """Refuse first parameters that lack one, or that are outside what the space draws."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            space.draw(optuna.trial.FixedTrial(space.first or {}))
-    except Exception as error:
-        raise SpaceError(f"{space.path}: FIRST: {type(error).__name__}: {error}") from error
+    """Refuse first trials that lack a parameter, or have one outside what the space draws."""
+    for first in space.first:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                space.draw(optuna.trial.FixedTrial(first))
+        except Exception as error:
+            raise SpaceError(f"{space.path}: FIRST: {type(error).__name__}: {error}") from error
 
 
 def sample(
     space: Space, samples: int, *, epochs: int, seed: int, workers: int
 ) -> list[tuple[FrozenTrial, TrialConfig]]:
-    """Draw samples, the first trial's in front of them, and build each network (without memory for it).
+    """Draw samples, the first trials' in front of them, and build each network (without memory for it).
 
     Raises:
         SpaceError: a draw fails, is no valid configuration, or does not fit the number of workers.
         UserError: weights of a pretrained encoder are absent or do not fit; the message names them.
     """
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
-    if space.first is not None:
-        _check_first(space)
-        study.enqueue_trial(space.first)
+    _check_first(space)
+    for first in space.first:
+        study.enqueue_trial(first)
     drawn = []
     for number in range(samples):
         trial = study.ask()

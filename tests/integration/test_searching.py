@@ -34,7 +34,7 @@ def draw(trial: Any) -> dict[str, Any]:
     }
 
 
-SPACE = Space(draw, {"filters": 2, "learning_rate": 1e-2}, Path("space.py"))
+SPACE = Space(draw, [{"filters": 2, "learning_rate": 1e-2}], Path("space.py"))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_search_is_repeatable_and_its_best_checkpoint_rebuilds_the_model(
         studies.append(run_search(tmp_path / name, tiles))
     values = [[(t.params, t.intermediate_values) for t in study.trials] for study in studies]
     assert values[0] == values[1]
-    assert studies[0].trials[0].params == SPACE.first
+    assert studies[0].trials[0].params == SPACE.first[0]
     assert count(studies[0]) == Counts(3, 0, 0, 0)
     best = best_trial(studies[0])
     folder = bundle.stage(tmp_path / "first", best.user_attrs["checkpoint"])

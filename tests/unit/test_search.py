@@ -36,7 +36,7 @@ def draw(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
     }
 
 
-SPACE = Space(draw, {"filters": 4, "learning_rate": 1e-3}, Path("space.py"))
+SPACE = Space(draw, [{"filters": 4, "learning_rate": 1e-3}], Path("space.py"))
 
 
 ALONE = WorkerResources(1, 2, 0)
@@ -54,8 +54,8 @@ def open_search(
     config = SearchConfig(**{"epochs": 9, **options})
     there = (folder / "study.db").exists()
     study = load_study(folder) if there else create_study(Place(folder), config.objective)
-    if not there and space.first is not None:
-        study.enqueue_trial(space.first)
+    for first in () if there else space.first:
+        study.enqueue_trial(first)
     limits = Limits(study, config)
     return search.StudySearch(space, study, config, parallel=False, resources=resources, limits=limits)
 
@@ -178,7 +178,7 @@ def test_a_bad_draw_fails_its_trial_and_the_next_is_asked(folder: Path) -> None:
         return {"batch_size": 0 if trial.number < bad else 8}
 
     bad = 1
-    searcher = open_search(folder, space=Space(sometimes, None, Path("space.py")), epochs=1)
+    searcher = open_search(folder, space=Space(sometimes, (), Path("space.py")), epochs=1)
     assert searcher.suggest("a")["number"] == 1
     assert searcher.study.trials[0].state == TrialState.FAIL
     assert "batch_size" in searcher.study.trials[0].user_attrs["reason"]

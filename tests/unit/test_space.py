@@ -48,6 +48,8 @@ def test_the_first_trial_is_the_seeds_configuration(name: str) -> None:
         ("def space(trial): return {'batch_size': trial.suggest_int('b', 3, 3)}", "2 workers"),
         ("def space(trial): return 1 / 0", "ZeroDivisionError"),
         ("FIRST = {}\ndef space(trial): trial.suggest_int('n', 1, 2); return {}", "FIRST"),
+        ("FIRST = 3\ndef space(trial): return {}", "FIRST"),
+        ("FIRST = [{'n': 1}, {'n': 9}]\ndef space(trial): trial.suggest_int('n', 1, 2); return {}", "FIRST"),
         ("FIRST = {'n': 9}\ndef space(trial): trial.suggest_int('n', 1, 2); return {}", "FIRST"),
     ],
 )
@@ -57,6 +59,14 @@ def test_bad_spaces_are_refused_by_name(tmp_path: Path, text: str, words: str) -
         space.sample(space.load(path), 20, epochs=2, seed=0, workers=2)
     assert words in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_several_first_trials_come_in_their_order(tmp_path: Path) -> None:
+    text = (
+        "FIRST = [{'n': 7}, {'n': 3}]\ndef space(trial): return {'batch_size': trial.suggest_int('n', 1, 9)}"
+    )
+    drawn = space.sample(space.load(write_space(tmp_path, text)), 4, epochs=2, seed=0, workers=1)
+    assert [config.batch_size for _, config in drawn][:2] == [7, 3]
 
 
 def test_absent_weights_are_told_before_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +86,7 @@ def test_a_relative_weights_file_is_found_from_any_folder(
 ) -> None:
     model = {"encoder": "efficientnet_lite0", "encoder_weights": "lite0.pth"}
     monkeypatch.chdir(tmp_path)
-    drawn = space.Space(lambda _: {"model": model}, None, Path("space.py"))
+    drawn = space.Space(lambda _: {"model": model}, (), Path("space.py"))
     config = drawn.config(optuna.trial.FixedTrial({}), epochs=1, seed=0)
     assert config.model.encoder_weights == str(tmp_path / "lite0.pth")
     model["encoder_weights"] = "imagenet"

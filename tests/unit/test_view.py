@@ -26,7 +26,7 @@ def study_folder(tmp_path: Path) -> Path:
         trial.suggest_categorical("kind", ["[/]", "[red]"])
         return {"model": {"filters": trial.suggest_int("filters", 2, 4)}}
 
-    space = Space(draw, None, Path("space.py"))
+    space = Space(draw, (), Path("space.py"))
     study = create_study(Place(tmp_path))
     resources = WorkerResources(1, 1, 0)
     searcher = search.StudySearch(space, study, SearchConfig(epochs=9), parallel=False, resources=resources)
