@@ -91,8 +91,6 @@ def start(
     dashboard = _connect(console, address)
     try:
         chosen = plan_for(settings, space)
-        if settings.gpu_hours is not None and not chosen.resources.gpus:
-            raise run.RunError(f"--gpu-hours {settings.gpu_hours:g}: no GPU here; use --time-budget")
         _probe(console, home)
         if settings.data == str(demo_data(folder)):
             console.print("No --data: making synthetic seismic tiles.")
@@ -132,8 +130,9 @@ def resume(
         )
     dashboard = _connect(console, address)
     try:
-        left = settings.trials - count(study).ended if study else None
-        chosen = plan_for(settings, space, left if left and left > 0 else None)
+        left = max(0, settings.trials - count(study).ended) if study else 0
+        # It may go on without a GPU, which then adds no GPU-hours.
+        chosen = plan_for(settings.model_copy(update={"gpu_hours": None}), space, left or None)
         _probe(console, home)
         data, left_out = _read(console, settings)
         with run.locked(folder), storage.Mirror(home) as mirror:
@@ -193,6 +192,8 @@ def plan_for(settings: run.Settings, space: Space, trials: int | None = None) ->
         cpus=settings.cpus_per_trial,
         gpus=gpus,
     )
+    if settings.gpu_hours is not None and not chosen.resources.gpus:
+        raise run.RunError(f"--gpu-hours {settings.gpu_hours:g}: trials have no GPU here; use --time-budget")
     return chosen
 
 

@@ -11,22 +11,23 @@ from typing import Any
 
 import optuna
 
-FIRST = {
-    "filters": 8,
+_EITHER = {
     "dropout": 0.0,
     "scse": False,
-    "hypercolumn": True,
-    "deep_supervision": True,
     "depth": False,
     "second_loss": "lovasz_elu",
-    "switch_at": 0.4,
     "learning_rate": 2e-3,
     "weight_decay": 1e-4,
     "schedule": "one_cycle",
     "move": 0.5,
     "tone": 0.5,
-    "batch_size": 16,
 }
+FIRST = [
+    _EITHER
+    | {"filters": 8, "hypercolumn": True, "deep_supervision": True, "switch_at": 0.4, "batch_size": 16},
+    _EITHER
+    | {"filters": 16, "hypercolumn": False, "deep_supervision": False, "switch_at": 0.5, "batch_size": 32},
+]
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
