@@ -9,7 +9,7 @@ may be stopped and gone on with at any time, or extended by more seeds.
     python -m benchmarks.ablation --data DIR --epochs 12 --filters 8 --tiles 1500    # for hours of CPU
     python -m benchmarks.ablation --data DIR --epochs 6 --filters 8 --tiles 1200 --base pretrained
 
-600 tiles and ten epochs are too few: the base is still at the all-empty score then (`LOG.md`).
+600 tiles and ten epochs were too few for `scratch` before it had hypercolumn and deep supervision (`LOG.md`).
 """
 
 import json
@@ -39,7 +39,7 @@ def measure(config: TrialConfig, tiles: Tiles, resources: WorkerResources) -> Ru
     """Train one configuration to its end, and judge its best weights; runs as one Ray task."""
     started = time.perf_counter()
     torch.set_num_threads(max(1, round(resources.cpus)))
-    cuda = resources.gpus > 0 and torch.cuda.is_available()
+    device = "cuda" if resources.gpus > 0 and torch.cuda.is_available() else "cpu"
     history, last = [], dict[str, Any]()
     judged: Run = {}
 
@@ -51,7 +51,7 @@ def measure(config: TrialConfig, tiles: Tiles, resources: WorkerResources) -> Ru
             epoch=epoch,
             batch_size=config.batch_size,
             cpus_per_task=resources.cpus * DATA_SHARE,
-            device="cuda" if cuda else "cpu",
+            device=device,
         )
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
@@ -65,11 +65,11 @@ def measure(config: TrialConfig, tiles: Tiles, resources: WorkerResources) -> Ru
         config,
         training_batches,
         lambda: stream.plain_stream(
-            tiles.shares[1][0].validation, batch_size=EVALUATION_BATCH, device="cuda" if cuda else "cpu"
+            tiles.shares[1][0].validation, batch_size=EVALUATION_BATCH, device=device
         ),
         report,
         steps=math.ceil(tiles.shares[1][0].training.count() / config.batch_size),
-        device=torch.device("cuda" if cuda else "cpu"),
+        device=torch.device(device),
     )
     facts = {name: last[name] for name in ("best_map", "loss", "parameters", "tiles_per_second")}
     return facts | judged | {"history": history, "seconds": time.perf_counter() - started}

@@ -101,7 +101,7 @@ TRAINING: Changes = {
 
 BASES = {
     "scratch": Base(
-        "a ResUNet with hypercolumn and deep supervision, without which it learns nothing in few epochs",
+        "a ResUNet with hypercolumn and deep supervision",
         TRAINING
         | {
             "model": {

@@ -39,12 +39,7 @@ from saltray.limits import Limits, ended_without_gain
 from saltray.metrics import Postprocessing
 from saltray.outoffold import Candidate, Source
 from saltray.plan import Plan, plan
-from saltray.study import (
-    REFITS,
-    best_trials,
-    checkpoint_of,
-    count,
-)
+from saltray.study import REFITS, best_trials, checkpoint_of, count
 from saltray.trial import Tiles
 from saltray.view import LiveView
 

@@ -62,8 +62,7 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
     console.print()
     console.print(_samples(samples, rates, trial_seconds))
     console.print(
-        f"\n[bold]{training_tiles}[/] training tiles of {count}; "
-        f"[bold]{settings.extent}[/], "
+        f"\n[bold]{training_tiles}[/] training tiles of {count}; [bold]{settings.extent}[/], "
         f"{chosen}; searcher {settings.searcher}, scheduler {settings.scheduler}.",
         soft_wrap=True,
     )

@@ -100,8 +100,7 @@ def enqueue(refits: optuna.Study, trials: Sequence[int], folds: int) -> None:
             refits._storage.set_trial_user_attr(known._trial_id, "reason", "no longer among the best")
             refits._storage.set_trial_user_attr(known._trial_id, REFIT, None)
             refits._storage.set_trial_state_values(known._trial_id, TrialState.FAIL)
-    trials_now = refits.get_trials(deepcopy=False)
-    known_refits = [_of(t) for t in trials_now if "crashed" not in t.user_attrs]
+    known_refits = [_of(t) for t in refits.get_trials(deepcopy=False) if "crashed" not in t.user_attrs]
     for trial, fold in wanted:
         if [trial, fold] not in known_refits:
             refits.enqueue_trial({"trial": trial, "fold": fold}, user_attrs={REFIT: [trial, fold]})
@@ -115,11 +114,9 @@ def waiting_trials(refits: optuna.Study) -> set[int]:
 
 def failed(refits: optuna.Study) -> int:
     """Return how many refits failed; of their configurations no ensemble can be made."""
-    states: dict[TrialState, set[tuple[int, ...]]] = {}
-    for refit in refits.get_trials(deepcopy=False):
-        states.setdefault(refit.state, set()).add(tuple(_of(refit)))
-    again = set().union(*(known for state, known in states.items() if state != TrialState.FAIL))
-    return len(states.get(TrialState.FAIL, set()) - again - {()})
+    known = [(tuple(_of(t)), t.state == TrialState.FAIL) for t in refits.get_trials(deepcopy=False) if _of(t)]
+    tried_again = {refit for refit, fails in known if not fails}
+    return len({refit for refit, fails in known if fails} - tried_again)
 
 
 def candidates(refits: optuna.Study, study: optuna.Study, folds: int, most: int) -> list[Candidate]:

@@ -97,12 +97,13 @@ class Settings(SearchConfig):
 
 
 def refuse_taken(home: storage.Home) -> None:
-    """Raise a RunError where a new run's folder already holds something."""
+    """Raise a RunError where a new run's folder, or its URI, already holds something."""
     folder = home.folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    behind_uri = home.uri is not None and bool(storage.names(home.uri))
+    if behind_uri or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise RunError(
-            f"{folder}: already there. To go on with that run: --resume {shlex.quote(str(home))}; "
-            "to start a new one: another --out"
+            f"{home if behind_uri else folder}: already there. To go on with that run: --resume "
+            f"{shlex.quote(str(home))}; to start a new one: another --out"
         )
 
 

@@ -81,7 +81,6 @@ def start(
     folder = home.folder
     space = spaces.load(Path(settings.space))
     _check(space, settings)
-    storage.refuse_taken(home)
     run.refuse_taken(home)
     place = Place(folder, url, settings.study_name)
     refuse_taken_name(place)

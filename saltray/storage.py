@@ -2,7 +2,8 @@
 
 Behind a URI (`s3://`, `gs://` ...: what pyarrow writes) Ray puts the trials' files there by itself. The run's
 small files are worked on in a local folder, because SQLite needs one, and are mirrored: at the end of every
-trial, and every few seconds between. The mirror is the truth: a resumed session fetches it, on any machine.
+trial, and every few seconds between. The mirror is the truth: a resumed session fetches it, on any machine;
+what could not be copied is copied first.
 """
 
 import contextlib
@@ -103,15 +104,6 @@ def openable(root: str, path: str) -> str:
     return f"{scheme}://{path}" if separator and "://" not in path else path
 
 
-def refuse_taken(place: Home) -> None:
-    """Raise a StorageError where a new run's URI already holds something."""
-    if place.uri and names(place.uri):
-        raise StorageError(
-            f"{place}: already there. To go on with that run: --resume {place}; "
-            "to start a new one: another --out"
-        )
-
-
 def fetch(place: Home) -> None:
     """Copy a mirrored run's small files to its working folder, over what an earlier session left there.
 
@@ -130,7 +122,7 @@ def fetch(place: Home) -> None:
                 "another machine has gone on since. Move that folder away to take what the URI holds"
             )
         with Mirror(place):
-            pass
+            pass  # its end copies
     found = names(place.uri)
     if "run.json" not in found:
         raise StorageError(f"{place}: no run.json in it; not the folder of a run")
