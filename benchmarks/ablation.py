@@ -1,9 +1,10 @@
 """`python -m benchmarks.ablation --data DIR`: what each technique is worth, by itself, on one base.
 
 Every technique is switched on (or off) alone, on the same base configuration, tiles, epochs and seeds; its
-gain is the mean over the seeds of the difference to the base's run of the same seed. Results go into one JSON
-file after each run, and a table beside it; a run that the file already has is not repeated, so an ablation
-may be stopped and gone on with at any time, or extended by more seeds.
+gain is the mean over the seeds of the difference to the base's run of the same seed. The last weights are
+judged, so that no tile that judges them chose them. Results go into one JSON file after each run, and a table
+beside it; a run that the file already has is not repeated, so an ablation may be stopped and gone on with at
+any time, or extended by more seeds.
 
     python -m benchmarks.ablation --data DIR --epochs 60 --filters 16                # full size, for a GPU
     python -m benchmarks.ablation --data DIR --epochs 12 --filters 8 --tiles 1500    # for hours of CPU
@@ -30,22 +31,26 @@ from saltray.augment import Batch
 from saltray.cli import run_program
 from saltray.config import TrialConfig, UserError
 from saltray.plan import Plan, plan
-from saltray.trial import DATA_SHARE, EVALUATION_BATCH, Tiles, WorkerResources
+from saltray.trial import DATA_SHARE, EVALUATION_BATCH, WorkerResources
 
 Run = dict[str, Any]
 
 
-def measure(config: TrialConfig, tiles: Tiles, resources: WorkerResources) -> Run:
-    """Train one configuration to its end, and judge its best weights; runs as one Ray task."""
+def measure(
+    config: TrialConfig, tiles: ray.data.Dataset, validation: ray.data.Dataset, resources: WorkerResources
+) -> Run:
+    """Train one configuration on tiles to its end, and judge its last weights; runs as one Ray task."""
     started = time.perf_counter()
     torch.set_num_threads(max(1, round(resources.cpus)))
     device = "cuda" if resources.gpus > 0 and torch.cuda.is_available() else "cpu"
     history, last = [], dict[str, Any]()
     judged: Run = {}
+    # Between its epochs, enough to see it learn: a plateau of the rate and the curve ask for no more.
+    few = validation.limit(EVALUATION_BATCH).materialize()
 
     def training_batches(epoch: int) -> training.Batches:
         return stream.epoch_stream(
-            tiles.shares[1][0].training,
+            tiles,
             config.augment,
             seed=config.seed,
             epoch=epoch,
@@ -59,19 +64,17 @@ def measure(config: TrialConfig, tiles: Tiles, resources: WorkerResources) -> Ru
         history.append(metrics["map"])
         last.update(metrics)
         if metrics["finished"]:
-            judged.update(cross_chosen(folder, tiles.shares[1][0].validation))
+            judged.update(cross_chosen(folder, validation))
 
     training.fit(
         config,
         training_batches,
-        lambda: stream.plain_stream(
-            tiles.shares[1][0].validation, batch_size=EVALUATION_BATCH, device=device
-        ),
+        lambda: stream.plain_stream(few, batch_size=EVALUATION_BATCH, device=device),
         report,
-        steps=math.ceil(tiles.shares[1][0].training.count() / config.batch_size),
+        steps=math.ceil(tiles.count() / config.batch_size),
         device=torch.device(device),
     )
-    facts = {name: last[name] for name in ("best_map", "loss", "parameters", "tiles_per_second")}
+    facts = {name: last[name] for name in ("loss", "parameters", "tiles_per_second")}
     return facts | judged | {"history": history, "seconds": time.perf_counter() - started}
 
 
@@ -121,7 +124,7 @@ def summarise(runs: dict[str, Run]) -> list[Run]:
                 "spread": statistics.stdev(scores) if len(scores) > 1 else math.nan,
                 "gain": statistics.fmean(gains) if gains else math.nan,
                 "gain_error": statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else math.nan,
-                "plain": statistics.fmean(r["best_map"] for r in seeds.values()),
+                "plain": statistics.fmean(r["plain"] for r in seeds.values()),
                 "minutes": statistics.fmean(r["seconds"] for r in seeds.values()) / 60,
             }
         )
@@ -142,8 +145,9 @@ def table(content: dict[str, Any]) -> str:
         "",
         "mAP: with threshold, mirrored views and least area, each half of the validation tiles by the other "
         "half's choice, mean and standard deviation over the seeds. Gain: mean of its differences to the "
-        "base's run of the same seed, ± its standard error. At 0.5: best of the epochs at probability 0.5, "
-        "which in short runs says more of a few wrong pixels in empty tiles than of the network.",
+        "base's run of the same seed, ± its standard error. At 0.5: at probability 0.5, nothing chosen, "
+        "which in short runs says more of a few wrong pixels in empty tiles than of the network. "
+        f"Judged are the {settings.get('weights', 'best')} weights.",
         "",
         "| technique | seeds | mAP | spread | gain | at 0.5 | minutes |",
         "|---|---|---|---|---|---|---|",
@@ -153,6 +157,11 @@ def table(content: dict[str, Any]) -> str:
             f"| {row['technique']} | {row['seeds']} | {row['map']:.4f} | {row['spread']:.4f} | "
             f"{row['gain']:+.4f} ± {row['gain_error']:.4f} | {row['plain']:.4f} | {row['minutes']:.1f} |"
         )
+    lines += ["", "What is done after training, on all these runs (mAP, one after the other):", ""]
+    names = {"plain": "at 0.5", "threshold": "threshold chosen", "mirrored": "with the mirrored view"}
+    names |= {"chosen": "with the least area"}
+    means = {words: statistics.fmean(r[n] for r in content["runs"].values()) for n, words in names.items()}
+    lines.append(", ".join(f"{words} {mean:.4f}" for words, mean in means.items()) + ".")
     return "\n".join(lines) + "\n"
 
 
@@ -190,7 +199,6 @@ def main(
     try:
         with run.quiet(None):
             decoded = [dataset.decode(rows.where(part))[0] for part in (trains, fold == 0)]
-        share = Tiles.share(decoded[0], decoded[1], 1)
         placed = plan(run.nodes(), trials=len(chosen) * seeds, cpus=cpus, gpus=gpus)
         settings = {
             "base": base,
@@ -199,6 +207,7 @@ def main(
             "filters": filters,
             "training_tiles": decoded[0].count(),
             "validation_tiles": decoded[1].count(),
+            "weights": "last",
             "tiles": dataset.fingerprint(rows, fold),
             "device": "GPU" if placed.resources.gpus else "CPU",
         }
@@ -207,7 +216,7 @@ def main(
         wanted = [(name, seed) for seed in range(seeds) for name in chosen]
         waiting = [w for w in wanted if f"{w[0]}/{w[1]}" not in content["runs"]]
         typer.echo(f"{len(wanted)} runs, {len(waiting)} to do, {placed.concurrency} side by side")
-        run_all(waiting, content, share, placed, out)
+        run_all(waiting, content, decoded, placed, out)
     finally:
         run.disconnect()
     typer.echo(table(content))
@@ -233,7 +242,11 @@ def open_results(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_all(
-    waiting: list[tuple[str, int]], content: dict[str, Any], share: Tiles, placed: Plan, out: Path
+    waiting: list[tuple[str, int]],
+    content: dict[str, Any],
+    tiles: list[ray.data.Dataset],
+    placed: Plan,
+    out: Path,
 ) -> None:
     """Run what is left, as many at once as fit; write the results after each."""
     asked = placed.resources.training()
@@ -245,7 +258,7 @@ def run_all(
             config = techniques.configure(
                 settings["base"], name, settings["filters"], settings["epochs"], seed
             )
-            running[task.remote(config, share, placed.resources)] = (name, seed)
+            running[task.remote(config, *tiles, placed.resources)] = (name, seed)
         (done,), _ = ray.wait(list(running), num_returns=1)
         name, seed = running.pop(done)
         try:
@@ -259,7 +272,7 @@ def run_all(
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         temporary.replace(out)
         out.with_suffix(".md").write_text(table(content))
-        typer.echo(f"{name}, seed {seed}: {result['best_map']:.4f} in {result['seconds']:.0f} s")
+        typer.echo(f"{name}, seed {seed}: {result['chosen']:.4f} in {result['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ TRAINING: Changes = {
     "batch_size": 8,
     # A cosine's gain comes at its end: no run stops early.
     "patience": 10_000,
+    "keep": "last",
 }
 """What nobody doubts: Adam, BCE, a falling rate, flips."""
 
