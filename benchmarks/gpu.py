@@ -24,7 +24,7 @@ def measure() -> list[Row]:
     names = {"unet": "U-Net", "resunet": "ResUNet"}
     if not torch.cuda.is_available():
         shared = "n trials sharing one GPU over one alone"
-        whats = [*(f"training the seed's {name}, GPU" for name in names.values()), shared]
+        whats = [*(f"training the baseline {name}, GPU" for name in names.values()), shared]
         return [Row(what, None, "x", None, None, "no GPU here") for what in whats]
     tiles = synthetic(TILES + VALIDATION)
     training, validation = tiles.part(0, TILES), tiles.part(TILES, len(tiles))
@@ -44,7 +44,7 @@ def measure() -> list[Row]:
         rates = f"{sorted(a)[RUNS // 2]:,.0f} tiles/s against {sorted(b)[RUNS // 2]:,.0f}"
         note = f"{rates} of a bf16 loop as CUDA graphs"
         rows.append(
-            median(f"training the seed's {name}, GPU", ratios, "x", at_least(0.95), note, ours=a, peer=b)
+            median(f"training the baseline {name}, GPU", ratios, "x", at_least(0.95), note, ours=a, peer=b)
         )
     rows.append(_shared())
     run.disconnect()
@@ -100,7 +100,7 @@ def train_graphed(config: TrialConfig, training: Arrays) -> float:
 
 
 def _shared() -> Row:
-    """Find how many trials of the seed's U-Net a GPU takes, as `--gpus-per-trial auto` does."""
+    """Find how many trials of the baseline U-Net a GPU takes, as `--gpus-per-trial auto` does."""
     config = seed_config("unet").to_dict()
     most = packing.most_side_by_side(run.nodes())
     rates: dict[int, float] = {}

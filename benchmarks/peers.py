@@ -104,5 +104,5 @@ def _tensors(tiles: Arrays) -> tuple[Tensor, Tensor]:
 
 
 def seed_config(architecture: str, **changes: Any) -> TrialConfig:
-    """Return the seed's configuration of a U-Net or ResUNet: 16 filters, dropout 0.5, batches of 32."""
+    """Return the baseline configuration of a U-Net or ResUNet: 16 filters, dropout 0.5, batches of 32."""
     return TrialConfig.from_dict({"model": {"architecture": architecture}} | changes)

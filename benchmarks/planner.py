@@ -117,7 +117,7 @@ def driver(nodes: int) -> dict[str, Any]:
 
 
 def checkpoint_mb() -> float:
-    """Return the size of what one epoch of the seed's U-Net writes: weights and training state."""
+    """Return the size of what one epoch of the baseline U-Net writes: weights and training state."""
     config = TrialConfig()
     learner = Learner.new(config, torch.device("cpu"), steps=1)
     for parameter in learner.model.parameters():
@@ -156,7 +156,7 @@ def predict(nodes: int, seconds: float, cost: dict[str, Any], megabytes: float) 
 
 def main(
     nodes: Annotated[list[int] | None, typer.Option(help="GPU machines; 1, 8 and 64 by default.")] = None,
-    measured: Annotated[int, typer.Option(help="Simulate the driver up to so many machines.")] = 64,
+    measured: Annotated[int, typer.Option(help="Simulate the driver up to this many machines.")] = 64,
     out: Annotated[Path, typer.Option(help="Where to write.")] = Path("benchmarks/results/planner.json"),
 ) -> None:
     """Measure the driver, predict, print a table and write all figures."""

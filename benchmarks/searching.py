@@ -12,7 +12,7 @@ from benchmarks.searches import plan_here, run_here, share
 from saltray import run
 from saltray.config import SearchConfig, TrialConfig
 
-TRIALS, EPOCHS, CPUS = 20, 3, 2
+TRIALS, EPOCHS, CPUS = 20, 2, 2
 TRAINING, VALIDATION = 192, 64
 RUNS = 1
 

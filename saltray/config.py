@@ -1,6 +1,6 @@
 """The configuration of one trial: frozen, nested, validated when it is built.
 
-The defaults are the seed's own configuration: a 16-filter U-Net, BCE, Adam, reduce-on-plateau, left-right
+The defaults are the baseline: a 16-filter U-Net, BCE, Adam, reduce-on-plateau, left-right
 flips. A search space returns the fields that it changes, as a nested dict.
 """
 
@@ -79,8 +79,8 @@ class ModelConfig(_Frozen):
     zero_init_residual: bool = False
     """Let each block start as the identity (Goyal et al. 2017)."""
     normalisation: Literal["auto", "none", "batch", "group"] = "auto"
-    """Behind the convolutions of a level; `auto`, the seed's, is none in a U-Net, batch in a ResUNet. Batch
-    normalisation is over one worker's tiles."""
+    """Behind the convolutions of a level; `auto`, the baseline's, is none in a U-Net, batch in a ResUNet.
+    Batch normalisation is over one worker's tiles."""
     activation: Literal["relu", "elu", "silu"] = "relu"
     scse: bool = False
     """Squeeze-and-excitation over channels and over pixels after each level (Roy et al. 2018)."""

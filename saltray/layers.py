@@ -18,7 +18,7 @@ GROUPS = 8
 
 @dataclass(frozen=True)
 class Style:
-    """What surrounds the convolutions of every level; the default is the seed's ResUNet."""
+    """What surrounds the convolutions of every level; the default is the baseline ResUNet."""
 
     normalisation: Literal["none", "batch", "group"] = "batch"
     activation: Literal["relu", "elu", "silu"] = "relu"

