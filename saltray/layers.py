@@ -141,7 +141,7 @@ class Hypercolumn(nn.Module):
     def forward(self, levels: list[Tensor]) -> Tensor:
         """Map features (n, c_i, h_i, w_i), coarsest first, to one of the last one's shape."""
         size = levels[-1].shape[2:]
-        column = [enlarge(r(x), size) for r, x in zip(self.reduce, levels[:-1], strict=True)]
+        column = [lay_over(r(x), size) for r, x in zip(self.reduce, levels[:-1], strict=True)]
         return self.mix(torch.cat([*column, levels[-1]], dim=1))  # type: ignore[no-any-return]
 
 
@@ -178,6 +178,19 @@ def convolution(inputs: int, outputs: int) -> nn.Conv2d:
 def enlarge(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """Resize feature maps (n, c, h, w) bilinearly to this height and width."""
     return functional.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def lay_over(x: Tensor, size: torch.Size) -> Tensor:
+    """Enlarge a coarser level's maps (n, c, h, w) by the power of two that they were halved by, to this size.
+
+    Where halving left an odd row or column out, or added one, the level does not end where the tile ends:
+    stretched to the tile's size, its features would lie several pixels beside what they stand for.
+    """
+    factor = 2 ** round(math.log2(size[0] / x.shape[2]))
+    x = functional.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+    x = x[:, :, : size[0], : size[1]]
+    missing = (0, size[1] - x.shape[3], 0, size[0] - x.shape[2])
+    return functional.pad(x, missing, mode="replicate") if any(missing) else x
 
 
 def pad(images: Tensor, pixels: int, mode: Literal["edge", "reflect"]) -> Tensor:

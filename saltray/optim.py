@@ -6,6 +6,7 @@ as it would have.
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -21,15 +22,20 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfi
     """Return the optimizer in its fused form.
 
     Adam (Kingma and Ba 2015, arXiv:1412.6980), AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), or SGD
-    with Nesterov's momentum (Sutskever et al. 2013).
+    with Nesterov's momentum (Sutskever et al. 2013). Biases, and a normalisation's scales, do not decay
+    (He et al. 2019, arXiv:1812.01187).
     """
-    rate, decay = config.learning_rate, config.weight_decay
+    rate, decay, known = config.learning_rate, config.weight_decay, list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in known if p.ndim > 1]},
+        {"params": [p for p in known if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, rate, config.momentum, weight_decay=decay, nesterov=config.momentum > 0, fused=True
+            groups, rate, config.momentum, weight_decay=decay, nesterov=config.momentum > 0, fused=True
         )
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, rate, weight_decay=decay, fused=True)
+    return kind(groups, rate, weight_decay=decay, fused=True)
 
 
 def learning_rate(config: OptimConfig, history: Sequence[float], step: int, steps: int) -> float:

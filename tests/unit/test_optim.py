@@ -155,25 +155,28 @@ def test_snapshots_are_due_where_cycles_end() -> None:
     assert cycle_ends(OptimConfig(schedule="cosine", cycles=3), 30) == set()
 
 
+@pytest.mark.parametrize(("shape", "decay"), [((2, 5), 0.1), ((10,), 0.0)])  # biases and scales do not decay
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_optimizers_agree_with_their_formulas(name: Literal["adamw", "sgd"]) -> None:
+def test_optimizers_agree_with_their_formulas(
+    name: Literal["adamw", "sgd"], shape: tuple[int, ...], decay: float
+) -> None:
     config = OptimConfig(optimizer=name, learning_rate=0.01, weight_decay=0.1, momentum=0.8)
-    expected = torch.linspace(-1, 1, 10)
+    expected = torch.linspace(-1, 1, 10).reshape(shape)
     parameter = nn.Parameter(expected.clone())
     optimizer = build_optimizer([parameter], config)
-    mean, square = torch.zeros(10), torch.zeros(10)
+    mean, square = torch.zeros(shape), torch.zeros(shape)
     for step in range(1, 4):
         optimizer.zero_grad()
         (parameter**3).sum().backward()  # type: ignore[no-untyped-call]
         gradient = 3 * expected**2
         if name == "sgd":
-            gradient = gradient + 0.1 * expected
+            gradient = gradient + decay * expected
             mean = 0.8 * mean + gradient  # Nesterov looks ahead along it
             expected = expected - 0.01 * (gradient + 0.8 * mean)
         else:
             mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
             corrected = (square / (1 - 0.999**step)).sqrt() + 1e-8
-            decayed = expected * (1 - 0.01 * 0.1)
+            decayed = expected * (1 - 0.01 * decay)
             expected = decayed - 0.01 * mean / (1 - 0.9**step) / corrected
         optimizer.step()
         torch.testing.assert_close(parameter.detach(), expected)

