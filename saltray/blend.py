@@ -39,7 +39,7 @@ from saltray.limits import Limits, ended_without_gain
 from saltray.metrics import Postprocessing
 from saltray.outoffold import Candidate, Source
 from saltray.plan import Plan, plan
-from saltray.study import REFITS, best_trials, checkpoint_of, count
+from saltray.study import REFITS, best_trials, checkpoints_of, count, keep_trials_at
 from saltray.trial import Tiles
 from saltray.view import LiveView
 
@@ -113,7 +113,7 @@ def _kept(job: Job) -> list[Candidate]:
     """Return the best trials' kept weights and snapshots as candidates."""
     found = []
     for trial in best_trials(job.study, job.size):
-        place, name = str(checkpoint_of(trial)), f"trial {trial.number}"
+        place, name = checkpoints_of(job.study, trial)[0], f"trial {trial.number}"
         found.append(Candidate(trial.number, name, (Source(place),)))
         for snapshot in range(outoffold.count_snapshots(place)):
             source = Source(place, snapshot)
@@ -138,7 +138,9 @@ def _refit_best(job: Job, parts: Sequence[ray.data.Dataset]) -> optuna.Study:
 
 def _beside(job: Job, name: str) -> optuna.Study:
     with run.quiet(job.mirror.home.folder / "logs" / "refits.log"):
-        return refits.beside(job.study, name)
+        study = refits.beside(job.study, name)
+        keep_trials_at(study, f"{job.mirror.home.trials}/{name}")
+        return study
 
 
 def _run(
@@ -183,7 +185,7 @@ def _run(
 def _configs(job: Job, study: optuna.Study) -> Mapping[int, TrialConfig]:
     """Return the configurations that are refit, by the trial's number."""
     trials = job.study.get_trials(deepcopy=False)
-    return {number: refits.config_of(trials[number]) for number in refits.waiting_trials(study)}
+    return {number: refits.config_of(job.study, trials[number]) for number in refits.waiting_trials(study)}
 
 
 def _choose(job: Job, parts: Sequence[ray.data.Dataset], candidates: list[Candidate]) -> Chosen:

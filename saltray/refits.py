@@ -45,9 +45,15 @@ def beside(study: optuna.Study, name: str) -> optuna.Study:
     return other
 
 
-def config_of(trial: FrozenTrial) -> TrialConfig:
+def config_of(study: optuna.Study, trial: FrozenTrial) -> TrialConfig:
     """Read the configuration that a trial was trained with; raises CheckpointError."""
-    with Checkpoint(str(checkpoint_of(trial))).as_directory() as folder:
+    place = checkpoint_of(study, trial)
+    if place is None:
+        raise checkpoint.CheckpointError(
+            f"trial {trial.number}: its checkpoint {trial.user_attrs.get('checkpoint')} is gone; refits need "
+            "its configuration. Put the run's trials/ back"
+        )
+    with Checkpoint(place).as_directory() as folder:
         return checkpoint.load_config(Path(folder))
 
 
@@ -129,7 +135,7 @@ def candidates(refits: optuna.Study, study: optuna.Study, folds: int, most: int)
         most: how many to return at most.
     """
     paths = {
-        tuple(_of(t)): checkpoint_of(t)
+        tuple(_of(t)): checkpoint_of(refits, t)
         for t in refits.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     }
     known = sorted({trial for trial, _ in paths})

@@ -6,6 +6,7 @@ waits there with its parameters and its checkpoint, and a resumed search reads w
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from saltray.limits import Limits
 from saltray.plan import Plan
 from saltray.space import Space
 from saltray.storage import names, openable
-from saltray.study import checkpoint_of, checkpoints_of, count, epochs_of, requeue
+from saltray.study import checkpoint_of, checkpoints_of, count, epochs_of, keep_trials_at, requeue
 from saltray.trial import Tiles, WorkerResources, run_trial
 
 BAD_DRAWS = 20
@@ -116,8 +117,8 @@ class StudySearch(Searcher):
                 self.record_failure(trial_id, reason)
                 continue
             self._epochs[trial_id] = epochs_of(trial)
-            spec = {"number": trial.number, "config": drawn.to_dict(), "resume": checkpoints_of(trial)}
-            return {**spec, "parameters": trial.params}
+            spec = {"number": trial.number, "config": drawn.to_dict(), "parameters": trial.params}
+            return {**spec, "resume": checkpoints_of(self.study, trial)}
         raise SearchError(f"{BAD_DRAWS} draws in a row failed, the last with {reason}")
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -260,8 +261,9 @@ class Recorder(tune.Callback):
         self._trim(trial)
 
     def _trim(self, trial: Any) -> None:
-        known = self._search.study.get_trials(deepcopy=False)[trial.config["number"]]
-        path = checkpoint_of(known)
+        study = self._search.study
+        known = study.get_trials(deepcopy=False)[trial.config["number"]]
+        path = checkpoint_of(study, known)
         if known.state.is_finished() and path is not None and "://" not in path:
             trim(Path(path))
 
@@ -303,6 +305,7 @@ def run_search(
     Returns:
         Which limit ended the search; empty where all trials came to an end.
     """
+    keep_trials_at(study, trials_at)
     requeue(study)
     if not study.get_trials(deepcopy=False):
         for first in space.first:
@@ -318,7 +321,9 @@ def run_search(
         space, study, config, parallel=chosen.concurrency > 1, resources=resources, limits=limits,
         trials_at=trials_at,
     )  # fmt: skip
-    session = f"session-{sum(name.startswith('session-') for name in names(trials_at)) + 1:02d}"
+    # The highest and one more: old sessions may have been deleted to make room.
+    earlier = [int(name[8:]) for name in names(trials_at) if re.fullmatch(r"session-\d+", name)]
+    session = f"session-{max(earlier, default=0) + 1:02d}"
     # The trial of several workers only drives them; each worker asks for its own.
     asked = resources.training() if resources.workers == 1 else {"CPU": 0.01}
     runs = tune.with_parameters(

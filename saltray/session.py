@@ -5,7 +5,6 @@ import shlex
 import sys
 import time
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ from rich.markup import escape
 
 from saltray import (
     blend,
-    bundle,
     dataset,
     demo,
     ensemble_bundle,
-    folds,
-    inference,
+    outcome,
     packing,
     report,
     run,
@@ -31,7 +28,6 @@ from saltray import (
     storage,
     submission,
     tracking,
-    validation,
 )
 from saltray import space as spaces
 from saltray.config import counted
@@ -41,8 +37,6 @@ from saltray.plan import Plan, PlanError, plan
 from saltray.space import Space
 from saltray.study import (
     Place,
-    adopt,
-    best_trial,
     count,
     create_study,
     load_study,
@@ -52,12 +46,10 @@ from saltray.study import (
 )
 from saltray.trial import Tiles
 from saltray.view import LiveView, text
+from saltray.warmstart import adopt
 
 CHECKED = 20
 """Configurations drawn from a space, and their networks built, before a search begins."""
-
-EXAMPLES = 6
-"""Tiles of each group in the report's gallery."""
 
 DEMO_TILES = 400
 """Synthetic labelled tiles of a run without data of its own."""
@@ -281,9 +273,9 @@ def _search_and_predict(
         callbacks = [view, *trackers, storage.Mirroring(mirror)]
         reached = search.run_search(space, tiles, chosen, mirror.home.trials, study, settings, callbacks)
     with console.status("predicting"), run.quiet(folder / "logs" / "predict.log"):
-        best = best_trial(study)
-        # One that an ensemble has written stays until the next ensemble is there.
-        facts = _predict(folder, best, data, submit=not (folder / ensemble_bundle.FOLDER).exists())
+        # A submission that an ensemble has written stays until the next ensemble is there.
+        submit = not (folder / ensemble_bundle.FOLDER).exists()
+        best, facts = outcome.publish_best(folder, study, data, submit=submit)
         tracking.log_best(study, folder / "best", {k: facts[k] for k in ("threshold", "validation_map")})
     if settings.blends:
         # The best model is on the disk by now, whatever becomes of what follows.
@@ -292,30 +284,6 @@ def _search_and_predict(
     with console.status("writing the report"), run.quiet(folder / "logs" / "report.log"):
         facts["report"] = _report(folder, study)
     _tell_end(console, mirror.home, settings, study, best, facts, reached)
-
-
-def _predict(folder: Path, best: FrozenTrial, data: Data, submit: bool) -> dict[str, Any]:
-    """Choose the postprocessing, write the best model's bundle and its submission; return what is known."""
-    model = bundle.stage(folder, best.user_attrs["checkpoint"])
-    chosen, scores, table = inference.calibrate(model, data.validation)
-    gallery = inference.illustrate(
-        model, data.validation, chosen, validation.choose_examples(table, EXAMPLES)
-    )
-    facts = asdict(chosen) | {"validation_map": scores[f"{chosen.threshold:.2f}"], "scores": scores}
-    facts |= folds.lone_score(data.training, data.validation, table)
-    tiles = bundle.describe_tiles(data.training.count(), table["coverage"])
-    bundle.add_metrics(model, {"trial": best.number, "tiles": tiles} | facts)
-    validation.write(folder, table, gallery)
-    if submit:
-        codes = inference.segment(model, data.test, chosen)
-        submission.write(folder / "submission.csv", data.ids, codes)
-    try:
-        bundle.export_onnx(model)
-    except bundle.ExportError as error:
-        facts["onnx_problem"] = str(error)
-    bundle.write_card(model)
-    bundle.publish(model)
-    return facts
 
 
 def _report(folder: Path, study: optuna.Study) -> str:
@@ -387,6 +355,8 @@ def _tell_end(
     lines["model"] = escape(f"{home}/best")
     if "models" in ensemble:
         lines["ensemble's"] = escape(f"{home}/ensemble")
+    if "lost" in facts:
+        lines["lost"] = f"[yellow]{escape(facts['lost'])}[/]"
     if "onnx_problem" in facts:
         lines["without ONNX"] = f"[yellow]{escape(facts['onnx_problem'])}[/]"
     lines["report"] = escape(facts["report"])

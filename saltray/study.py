@@ -9,7 +9,6 @@ A trial taken over from another run carries `adopted`, and counts neither as thi
 
 import sqlite3
 import warnings
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,8 @@ from typing import Any
 import optuna
 import sqlalchemy
 import sqlalchemy.exc
-from optuna.distributions import BaseDistribution
-from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
-from optuna.trial import BaseTrial, FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from saltray.config import Objective, UserError
 
@@ -39,9 +36,6 @@ METRICS: dict[Objective, list[str]] = {
     "map+speed": ["validation mAP", "tiles per second"],
 }
 """What each objective maximizes."""
-
-PROPOSALS = 5
-"""How many of another run's best parameters are tried first where its scores do not compare."""
 
 
 class StudyError(UserError):
@@ -266,16 +260,31 @@ def epochs_of(trial: FrozenTrial | optuna.Trial) -> list[dict[str, Any]]:
     return rows
 
 
-def checkpoint_of(trial: FrozenTrial | optuna.Trial) -> str | None:
+def keep_trials_at(study: optuna.Study, place: str) -> None:
+    """Note the path or URI below which the trials' files lie now; a run's folder may be moved, or copied."""
+    if study.user_attrs.get("trials") != place:
+        study.set_user_attr("trials", place)
+
+
+def checkpoint_of(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> str | None:
     """Return where a trial's newest checkpoint lies; None where there is none, or no longer."""
-    path: str | None = trial.user_attrs.get("checkpoint")
-    return path if path is not None and _is_there(path) else None
+    return _located(study, trial, "checkpoint")
 
 
-def checkpoints_of(trial: FrozenTrial | optuna.Trial) -> list[str]:
+def checkpoints_of(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> list[str]:
     """Return where a trial's checkpoints lie that are still there, the newest first."""
-    known = (trial.user_attrs.get(name) for name in ("checkpoint", "checkpoint_before"))
-    return [path for path in known if path is not None and _is_there(path)]
+    known = (_located(study, trial, name) for name in ("checkpoint", "checkpoint_before"))
+    return [path for path in known if path is not None]
+
+
+def _located(study: optuna.Study, trial: FrozenTrial | optuna.Trial, name: str) -> str | None:
+    path: str | None = trial.user_attrs.get(name)
+    if path is None:
+        return None
+    before, session, below = path.rpartition("/session-")
+    if session:
+        path = f"{study.user_attrs.get('trials', before)}{session}{below}"
+    return path if _is_there(path) else None
 
 
 def _is_there(path: str) -> bool:
@@ -295,13 +304,13 @@ def best_trial(study: optuna.Study) -> FrozenTrial:
 def best_trials(study: optuna.Study, most: int) -> list[FrozenTrial]:
     """Return the trials with the best checkpoints, the best first; raises as `best_trial` does."""
     own = own_trials(study)
-    usable = [t for t in own if t.intermediate_values and checkpoint_of(t)]
+    usable = [t for t in own if t.intermediate_values and checkpoints_of(study, t)]
     if not usable:
         lost = [t.user_attrs["checkpoint"] for t in own if "checkpoint" in t.user_attrs]
         if lost:
             raise StudyError(
-                f"no trial has a checkpoint: {lost[0]} is not there, nor any other that the study names. If "
-                "the run's folder was moved, move it back, or put a link there"
+                f"no trial has a checkpoint: {lost[0]} is not there, nor any other that the study names. Put "
+                "the run's trials/ back"
             )
         reasons = {t.user_attrs["reason"] for t in own if "reason" in t.user_attrs}
         if count(study).waiting:
@@ -310,79 +319,14 @@ def best_trials(study: optuna.Study, most: int) -> list[FrozenTrial]:
     return sorted(usable, key=score, reverse=True)[:most]
 
 
+def lost_trial(study: optuna.Study) -> FrozenTrial | None:
+    """Return the trial with the best score of all where it had a checkpoint that is gone; else None."""
+    known = [t for t in own_trials(study) if t.intermediate_values and "checkpoint" in t.user_attrs]
+    best = max(known, key=score, default=None)
+    return None if best is None or checkpoints_of(study, best) else best
+
+
 def requeue(study: optuna.Study) -> None:
     """Let trials that were cut off wait for the next session, with their parameters and checkpoint."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-
-
-def adopt(
-    study: optuna.Study, other: optuna.Study, draw: Callable[[BaseTrial], Any], origin: str, *, compares: bool
-) -> int:
-    """Start a study from the results of another, of which the spaces may only overlap.
-
-    Of each ended trial, the parameters that the new space draws as well, with a value it allows, are kept.
-    Where the scores compare they are taken over as results, from which the sampler learns; else the best
-    `PROPOSALS` are only proposed first.
-
-    Args:
-        study: the new one.
-        other: its trials are read.
-        draw: the new space.
-        origin: what `other` is called, for the record.
-        compares: whether a score means the same in both: the same tiles, split, epochs and objective.
-
-    Returns:
-        How many trials were taken over or proposed.
-    """
-    ended = [
-        t for t in other.get_trials(deepcopy=False) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)
-    ]
-    if not compares:
-        ended = sorted(ended, key=score, reverse=True)[:PROPOSALS]
-    known = [(trial, _overlap(trial, draw)) for trial in ended]
-    known = [(trial, drawn) for trial, drawn in known if drawn.params]
-    for trial, drawn in known:
-        if not compares:
-            study.enqueue_trial(drawn.params, skip_if_exists=True)
-            continue
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=trial.state,
-                values=trial.values,
-                params=drawn.params,
-                distributions=drawn.distributions,
-                intermediate_values=trial.intermediate_values,
-                user_attrs={"adopted": f"{origin} trial {trial.number}"},
-            )
-        )
-    return len(known)
-
-
-def _overlap(trial: FrozenTrial, draw: Callable[[BaseTrial], Any]) -> FrozenTrial:
-    """Return a trial with those parameters alone that the new space draws, with the new distributions."""
-    scratch = optuna.create_study(sampler=_Follow(trial.params))
-    draw(scratch.ask())
-    drawn = scratch.trials[0]
-    kept = {k: v for k, v in drawn.params.items() if k in trial.params and trial.params[k] == v}
-    return optuna.trial.create_trial(
-        value=0.0, params=kept, distributions={k: drawn.distributions[k] for k in kept}
-    )
-
-
-class _Follow(RandomSampler):
-    """Draws another trial's values where the distributions allow them."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        super().__init__(seed=0)
-        self._values = values
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution
-    ) -> Any:
-        try:
-            if distribution._contains(distribution.to_internal_repr(self._values[name])):
-                return self._values[name]
-        except (KeyError, TypeError, ValueError):
-            pass  # unknown there, or of another kind
-        return super().sample_independent(study, trial, name, distribution)

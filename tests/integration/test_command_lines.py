@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from saltray.study import Counts, count, load_study
+from saltray.study import Counts, count, epochs_of, load_study
 from tests.integration.programs import ROOT, Program, check_submission, search_arguments, wait_for_epochs
 
 
@@ -60,8 +60,11 @@ def test_killed_in_the_middle_resume_finishes_without_repeating(
     program.end()
     ended = {t.number: t.datetime_complete for t in load_study(run).trials if t.state.is_finished()}
     assert ended
+    run = run.rename(tmp_path / "moved")
     start("saltray.tune", "--resume", run).finish()
     trials = load_study(run).trials
+    # From their last epochs, of which the one under way is done again.
+    assert all(len(epochs_of(t)) <= len(t.intermediate_values) + 1 for t in trials)
     assert count(load_study(run)).ended == 6 == len(trials)
     assert all(trials[number].datetime_complete == moment for number, moment in ended.items())
     assert all(

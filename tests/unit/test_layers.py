@@ -31,6 +31,7 @@ LAYERS = [
     ["space"],
     ["storage"],
     ["study"],
+    ["warmstart"],
     ["engine"],
     ["plan"],
     ["packing"],
@@ -44,6 +45,7 @@ LAYERS = [
     ["run"],
     ["bundle"],
     ["ensemble_bundle"],
+    ["outcome"],
     ["view"],
     ["tracking"],
     ["cli"],
@@ -135,8 +137,19 @@ def test_numerics_and_files_need_no_ray(name: str) -> None:
 
 
 def test_only_the_search_and_its_readers_know_optuna() -> None:
-    known = {"space", "study", "engine", "limits", "search", "view", "tracking", "refits", "blend"}
-    known |= {"session", "preview"}
+    known = {
+        "space",
+        "study",
+        "warmstart",
+        "engine",
+        "limits",
+        "search",
+        "outcome",
+        "view",
+        "tracking",
+        "refits",
+    }
+    known |= {"blend", "session", "preview"}
     known |= {"ensemble_section", "trial_figures", "tile_figures", "findings", "sections", "report"}
     assert {name for name in MODULES if foreign(name, "optuna")} <= known
 

@@ -138,4 +138,6 @@ def whole(folder: Path, trial: int, *names: str) -> Candidate:
 def test_a_configuration_is_read_from_the_trials_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, build_model(DEBUG.model).state_dict(), DEBUG, {})
     trial = make_trial(TrialState.COMPLETE, [0.5], checkpoint=str(tmp_path))
-    assert refits.config_of(trial) == DEBUG
+    with pytest.raises(checkpoint.CheckpointError, match="its checkpoint None is gone"):
+        refits.config_of(optuna.create_study(), make_trial(TrialState.COMPLETE, [0.5]))
+    assert refits.config_of(optuna.create_study(), trial) == DEBUG

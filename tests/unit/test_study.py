@@ -8,7 +8,8 @@ from optuna.trial import BaseTrial, TrialState, create_trial
 
 from saltray import study as studies
 from saltray.limits import ended_without_gain
-from saltray.study import Place, StudyError, adopt, count, create_study, load_study
+from saltray.study import Place, StudyError, count, create_study, load_study
+from saltray.warmstart import adopt
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +156,39 @@ class TestAdopt:
         trial = study.ask()
         draw(trial)
         assert trial.params == {"kind": "a", "rate": 1.5}
+
+
+def test_checkpoints_are_found_where_the_run_lies_now(tmp_path: Path) -> None:
+    study = create_study(Place(tmp_path))
+    written = tmp_path / "before/trials/session-01/0000"
+    for name in ("checkpoint_000001", "checkpoint_000002"):
+        (written / name).mkdir(parents=True)
+    newest, earlier = (str(written / f"checkpoint_00000{n}") for n in (2, 1))
+    study.add_trial(create_trial(value=0.5, user_attrs={"checkpoint": newest, "checkpoint_before": earlier}))
+    (trial,) = study.trials
+    assert studies.checkpoints_of(study, trial) == [newest, earlier]
+    (tmp_path / "before").rename(tmp_path / "now")
+    assert studies.checkpoints_of(study, trial) == []
+    studies.keep_trials_at(study, str(tmp_path / "now/trials"))
+    moved = [str(tmp_path / "now/trials/session-01/0000" / Path(path).name) for path in (newest, earlier)]
+    assert studies.checkpoints_of(study, trial) == moved
+    assert studies.checkpoint_of(study, trial) == moved[0]
+    studies.keep_trials_at(study, "s3://bucket/run/trials")
+    assert studies.checkpoint_of(study, trial) == "s3://bucket/run/trials/session-01/0000/checkpoint_000002"
+
+
+def test_the_best_trial_is_lost_with_its_checkpoints(tmp_path: Path) -> None:
+    study = create_study(Place(tmp_path))
+    for number, score in enumerate((0.5, 0.7, 0.9)):
+        (tmp_path / str(number)).mkdir()
+        more = {"checkpoint": str(tmp_path / str(number))} if number < 2 else {}  # the third never had one
+        study.add_trial(create_trial(value=score, intermediate_values={1: score}, user_attrs=more))
+    assert studies.lost_trial(study) is None
+    (tmp_path / "0").rmdir()
+    assert studies.lost_trial(study) is None
+    (tmp_path / "1").rmdir()
+    lost = studies.lost_trial(study)
+    assert lost is not None and lost.number == 1
 
 
 def test_ended_without_gain_counts_by_the_time_of_the_end(tmp_path: Path) -> None:
