@@ -237,8 +237,10 @@ def _pseudo_refits(job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen) 
         return study
     log = job.mirror.home.folder / "logs" / "refits.log"
     with job.console.status("labelling the test tiles"), run.quiet(log):
-        labelled = [label_for(fold, job.data.test, chosen) for fold in range(len(parts))]
-        training = [folds.join([folds.others(parts, k), tiles]) for k, tiles in enumerate(labelled)]
+        others = [folds.others(parts, fold) for fold in range(len(parts))]
+        # No more than were labelled by hand: the contest's 18,000 test tiles would outvote those.
+        labelled = [label_for(k, job.data.test, chosen, tiles.count()) for k, tiles in enumerate(others)]
+        training = [folds.join([*pair]) for pair in zip(others, labelled, strict=True)]
         counts = [tiles.count() for tiles in labelled]
     job.console.print(f"Pseudo-labelled test tiles, by fold: {', '.join(map(str, counts))}.")
     if any(counts):
@@ -249,7 +251,7 @@ def _pseudo_refits(job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen) 
     return study
 
 
-def label_for(fold: int, test: ray.data.Dataset, chosen: Chosen) -> ray.data.Dataset:
+def label_for(fold: int, test: ray.data.Dataset, chosen: Chosen, most: int) -> ray.data.Dataset:
     """Label test tiles for a fold's training, by models and weights that know nothing of the fold."""
     picks = chosen.selection.picks_by_fold[fold]
     models = [
@@ -257,7 +259,7 @@ def label_for(fold: int, test: ray.data.Dataset, chosen: Chosen) -> ray.data.Dat
         for candidate, times in zip(chosen.candidates, picks, strict=True)
         if times
     ]
-    return pseudo.label_tiles(test, models)
+    return pseudo.label_tiles(test, models, most)
 
 
 def describe(job: Job, chosen: Chosen) -> dict[str, Any]:

@@ -125,16 +125,15 @@ def swa_share(config: OptimConfig, epoch: int, epochs: int) -> float:
     return 1 / averaged if config.average == "swa" and averaged > 0 else 0.0
 
 
+def averaged_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Return a model's weights and statistics, of which averages are made; no counts of batches."""
+    return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+
+
 @torch.no_grad()
-def move_average(average: torch.nn.Module, model: torch.nn.Module, share: float) -> None:
-    """Move averaged weights and statistics towards a model's of the same kind, by this share of the way."""
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
-    real = [(a, m) for a, m in pairs if a.is_floating_point()]
-    follow = get_ema_multi_avg_fn(1 - share)  # type: ignore[no-untyped-call]
-    follow([a for a, _ in real], [m for _, m in real], 0)
-    for a, m in pairs:
-        if not a.is_floating_point():  # BatchNorm's counts of batches
-            a.copy_(m)
+def move_average(average: list[torch.Tensor], newest: list[torch.Tensor], share: float) -> None:
+    """Move the `averaged_tensors` of one model towards those of another, by this share of the way."""
+    get_ema_multi_avg_fn(1 - share)(average, newest, 0)  # type: ignore[no-untyped-call]
 
 
 def epochs_since_best(history: Sequence[float]) -> int:

@@ -311,6 +311,9 @@ def _tell_start(
         f"[bold]{settings.extent}[/], {chosen}.",
         soft_wrap=True,
     )
+    if settings.folds is not None:
+        budget = ", within this session's time budget" if settings.time_budget else ""
+        console.print(f"Refits on {settings.folds} folds begin when all trials are done{budget}.")
     if dashboard:
         console.print(f"Ray's dashboard: {dashboard}")
 

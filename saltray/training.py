@@ -24,6 +24,7 @@ from saltray.config import LossConfig, TrialConfig
 from saltray.losses import Loss, deep_supervision, loss_of_epoch
 from saltray.model import EncoderDecoder, Outputs, build_model, count_parameters, load_encoder
 from saltray.optim import (
+    averaged_tensors,
     build_optimizer,
     cycle_ends,
     ema_share,
@@ -157,6 +158,8 @@ def fit(
         if not math.isfinite(loss):
             raise Diverged(epoch, loss)
         judged = averaged_model(learner, epoch, training_batches)
+        if not torch.stack([tensor.isfinite().all() for tensor in averaged_tensors(judged)]).all():
+            raise Diverged(epoch, math.nan)  # by the last step, whose weights no loss has seen
         _broadcast_buffers(judged)
         judging = time.perf_counter()
         score, validated = evaluate(judged, validation_batches(), device, learner.amp)
@@ -202,6 +205,9 @@ def train_epoch(
     network.train()
     total = torch.zeros((), dtype=torch.float64, device=device)
     tiles = 0
+    # Gathered once: on a fast GPU it would take as long as a tenth of a small network's step.
+    average = averaged_tensors(learner.average) if learner.average is not None else []
+    newest = averaged_tensors(learner.model)
     for step, batch in enumerate(batches, start=(epoch - 1) * learner.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, history, step, config.epochs * learner.steps)
@@ -220,8 +226,8 @@ def train_epoch(
         if config.optim.clip_norm is not None:
             nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
         optimizer.step()
-        if learner.average is not None and (newest := ema_share(config.optim, step)):
-            move_average(learner.average, learner.model, newest)
+        if average and (weight := ema_share(config.optim, step)):
+            move_average(average, newest, weight)
         total += loss.detach() * len(images)
         tiles += len(images)
     # The one synchronisation of the epoch.
@@ -250,7 +256,7 @@ def averaged_model(
         share = swa_share(learner.config.optim, epoch, learner.config.epochs)
         if not share:
             return learner.model
-        move_average(learner.average, learner.model, share)
+        move_average(averaged_tensors(learner.average), averaged_tensors(learner.model), share)
         recompute_batchnorm(learner.average, training_batches(epoch), learner.device, learner.amp)
     return learner.average
 

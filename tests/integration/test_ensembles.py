@@ -164,12 +164,12 @@ def test_a_folds_pseudo_labels_come_of_models_that_never_saw_it(
     other = Candidate(1, "trial 1", (save(tmp_path / "c", 9), save(tmp_path / "d", -9)))
     chosen = blend.Chosen([both, other], selection([(1, 0), (2, 0)]))
     test = labelled.drop_columns(["mask", "coverage"]).materialize()
-    labels = [read(blend.label_for(fold, test, chosen)) for fold in (0, 1)]
+    labels = [read(blend.label_for(fold, test, chosen, 10**6)) for fold in (0, 1)]
     assert [np.unique(tiles["mask"]).tolist() for tiles in labels] == [[0], [1]]
     assert (labels[1]["row"] >= pseudo.FIRST_ROW).all() and len(labels[1]["row"]) == 30
     # They are trained on, beside the other folds, and never judged.
     parts = cut(labelled, 2)
-    training = folds.join([folds.others(parts, 0), blend.label_for(0, test, chosen)])
+    training = folds.join([folds.others(parts, 0), blend.label_for(0, test, chosen, 10**6)])
     rows = set(read(training)["row"].tolist())
     assert len(rows) == training.count() == parts[1].count() + 30
     assert not rows & set(read(parts[0])["row"].tolist())
@@ -178,7 +178,7 @@ def test_a_folds_pseudo_labels_come_of_models_that_never_saw_it(
 def test_where_the_models_are_unsure_no_tile_is_labelled(labelled: ray.data.Dataset, tmp_path: Path) -> None:
     source = save(tmp_path / "unsure", 0.5)
     model = outoffold.load(source)
-    none = pseudo.label_tiles(labelled, [Model(model.config, model.weights, 1.0)])
+    none = pseudo.label_tiles(labelled, [Model(model.config, model.weights, 1.0)], 10**6)
     assert none.count() == 0
     parts = cut(labelled, 2)
     training = folds.join([folds.others(parts, 0), none])

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from saltray.config import OptimConfig
 from saltray.optim import (
+    averaged_tensors,
     build_optimizer,
     cycle_ends,
     ema_share,
@@ -204,7 +205,8 @@ def test_exponential_average_agrees_with_torchs() -> None:
         wander(model)
         share = ema_share(config, late + step)
         assert share == pytest.approx(0.1)
-        move_average(average, model, 1.0 if step == 0 else share)  # torch's begins as a copy
+        weight = 1.0 if step == 0 else share
+        move_average(averaged_tensors(average), averaged_tensors(model), weight)  # torch's begins as a copy
         peer.update_parameters(model)
     for name, value in peer.module.state_dict().items():
         if value.is_floating_point():
@@ -230,8 +232,7 @@ def test_stochastic_average_is_the_mean_of_the_last_epochs() -> None:
         share = swa_share(config, epoch, 10)
         assert (share > 0) == (epoch > 6)
         if share:
-            move_average(average, model, share)
+            move_average(averaged_tensors(average), averaged_tensors(model), share)
             seen.append([p.detach().clone() for p in model.parameters()])
     for parameter, values in zip(average.parameters(), zip(*seen, strict=True), strict=True):
         torch.testing.assert_close(parameter.detach(), torch.stack(values).mean(dim=0))
-    assert torch.equal(average.state_dict()["1.num_batches_tracked"], torch.tensor(10))

@@ -329,6 +329,17 @@ def test_a_loss_that_is_no_number_ends_the_trial(tmp_path: Path) -> None:
             training.fit(broken, lambda _: nan, lambda: [], Recorder(tmp_path), steps=3, device=CPU)
 
 
+def test_weights_that_the_last_step_broke_end_the_trial(tmp_path: Path) -> None:
+    # A finite loss with a gradient that is no number: that of a root at 0.
+    loss: Callable[[Any, Any], Any] = lambda logits, masks: logits.mean() + (logits * 0).sum().sqrt()  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LOSSES, "bce", loss)
+        with pytest.raises(training.Diverged, match="nan in epoch 1"):
+            training.fit(
+                CONFIG, lambda _: batches(TRAIN, 24), lambda: [], Recorder(tmp_path), steps=1, device=CPU
+            )
+
+
 def test_evaluate_agrees_with_the_metric_whatever_the_batches() -> None:
     torch.manual_seed(3)
     model = scattered_model(DEBUG.model).eval()
