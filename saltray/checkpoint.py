@@ -1,8 +1,9 @@
 """A checkpoint: one folder that alone rebuilds its model.
 
-`weights.safetensors` holds the best weights so far, `config.json` the trial's configuration, `metrics.json`
-the scores; `training.pt`, present while the trial is unfinished, the state from which training goes on;
-`snapshot-1.safetensors` .. the weights at the end of each cycle of the learning rate, where asked for.
+`weights.safetensors` holds the weights that are kept, the best so far or the last (`TrialConfig.keep`);
+`config.json` the trial's configuration, `metrics.json` the scores; `training.pt`, present while the trial is
+unfinished, the state from which training goes on; `snapshot-1.safetensors` .. the weights at the end of each
+cycle of the learning rate, where asked for.
 Nothing in it is run when it is read: safetensors and JSON hold no code, and the training state is loaded
 with `weights_only=True`.
 """
@@ -74,7 +75,7 @@ def load_metrics(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the best weights; raises CheckpointError."""
+    """Read the weights that are kept; raises CheckpointError."""
     return _read_weights(folder / WEIGHTS)
 
 
@@ -106,7 +107,7 @@ def check(folder: Path) -> None:
 
 
 def load_model(folder: Path) -> EncoderDecoder:
-    """Rebuild the model with its best weights, in evaluation mode, on the CPU; raises CheckpointError."""
+    """Rebuild the model with the kept weights, in evaluation mode, on the CPU; raises CheckpointError."""
     model, weights = build_model(load_config(folder).model), load_weights(folder)
     try:
         model.load_state_dict(weights)
