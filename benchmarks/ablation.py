@@ -99,9 +99,7 @@ def cross_chosen(folder: Path, tiles: ray.data.Dataset) -> Run:
             best = int(metrics.precision(here[0][:, view], here[1][:, view]).mean(axis=0).argmax())
             found[name] += metrics.precision(there[0][:, view, best], there[1][:, view, best]).tolist()
         chosen, _ = metrics.choose_postprocessing(*here)
-        column = metrics.PROBABILITIES.index(chosen.threshold)
-        pair = there[0][:, int(chosen.tta), column], there[1][:, int(chosen.tta), column]
-        found["chosen"] += metrics.precision(*metrics.drop_small(*pair, there[2], chosen.min_area)).tolist()
+        found["chosen"] += metrics.precision(*metrics.apply_postprocessing(chosen, *there)).tolist()
     return scores | {name: statistics.fmean(values) for name, values in found.items()}
 
 

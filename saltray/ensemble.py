@@ -102,10 +102,7 @@ def choose(known: OutOfFold) -> Selection:
         picks, _ = select(scores, number, ~inside)
         intersection, union = counts(picks)
         chosen, _ = metrics.choose_postprocessing(intersection[~inside], union[~inside], salt[~inside])
-        place = int(chosen.tta), metrics.PROBABILITIES.index(chosen.threshold)
-        kept = metrics.drop_small(
-            intersection[inside][:, *place], union[inside][:, *place], salt[inside], chosen.min_area
-        )
+        kept = metrics.apply_postprocessing(chosen, intersection[inside], union[inside], salt[inside])
         by_fold.append(float(metrics.precision(*kept).mean()))
         picks_by_fold.append(picks)
     picks, path = select(scores, number, np.ones(len(salt), bool))

@@ -190,8 +190,7 @@ def calibrate(folder: Path, tiles: ray.data.Dataset) -> Calibration:
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     intersection, union, truth = (columns[name] for name in ("intersection", "union", "truth"))
     chosen, scores = metrics.choose_postprocessing(intersection, union, truth)
-    place = int(chosen.tta), metrics.PROBABILITIES.index(chosen.threshold)
-    counts = metrics.drop_small(intersection[:, *place], union[:, *place], truth, chosen.min_area)
+    counts = metrics.apply_postprocessing(chosen, intersection, union, truth)
     return Calibration(chosen, scores, validation.tabulate(columns["id"], truth, *counts, columns["z"]))
 
 

@@ -164,3 +164,24 @@ def choose_postprocessing(
     _, chosen, scores = max(candidates, key=lambda candidate: candidate[0])
     means = scores.mean(axis=0)
     return chosen, {f"{p:.2f}": float(s) for p, s in zip(PROBABILITIES, means, strict=True)}
+
+
+def apply_postprocessing(
+    chosen: Postprocessing,
+    intersection: npt.NDArray[np.int64],
+    union: npt.NDArray[np.int64],
+    truth: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return each tile's intersection and union under a choice, both int64 (tiles,).
+
+    Args:
+        chosen: its threshold is one of `PROBABILITIES`.
+        intersection: pixel counts of shape (tiles, 2, thresholds), as `choose_postprocessing` takes them.
+        union: the same for the unions.
+        truth: pixels of the true masks, of shape (tiles,).
+
+    Raises:
+        ValueError: the threshold is no candidate, so nothing was counted at it.
+    """
+    place = int(chosen.tta), PROBABILITIES.index(chosen.threshold)
+    return drop_small(intersection[:, *place], union[:, *place], truth, chosen.min_area)

@@ -177,15 +177,15 @@ def test_postprocessing_agrees_with_every_candidate_applied_to_the_masks() -> No
     noise = rng.normal(0, 1.2, truth.shape)
     views = [2.0 * truth - 1.5 + noise, 2.0 * truth - 1.5 + 0.7 * noise]
     counts = [metrics.overlap_by_threshold(v.astype(np.float32), truth) for v in views]
-    chosen, scores = metrics.choose_postprocessing(
-        np.stack([c[0] for c in counts], axis=1),
-        np.stack([c[1] for c in counts], axis=1),
-        truth.sum(axis=(1, 2)),
-    )
+    intersection, union = (np.stack([c[i] for c in counts], axis=1) for i in (0, 1))
+    salt = truth.sum(axis=(1, 2))
+    chosen, scores = metrics.choose_postprocessing(intersection, union, salt)
     results = {}
     for tta, p, least in itertools.product((False, True), metrics.PROBABILITIES, metrics.MIN_AREAS):
         masks = expit(views[tta].astype(np.float32).astype(np.float64)) > p
         masks[masks.sum(axis=(1, 2)) < least] = False
+        applied = metrics.apply_postprocessing(Postprocessing(p, tta, least), intersection, union, salt)
+        np.testing.assert_array_equal(applied, metrics.overlap(masks, truth))
         results[Postprocessing(p, tta, least)] = metrics.mean_precision(masks, truth)
     assert results[chosen] == max(results.values())
     assert chosen.tta and chosen.min_area > 0  # so that the example tells something
