@@ -12,11 +12,16 @@ from urllib.parse import urlsplit
 
 import typer
 
-from saltray.config import DISK_FULL, UserError
+from saltray.config import UserError
 
 
-def run_program(main: Callable[..., Any]) -> None:
-    """Run a command line; what the user can mend is told in one message, without a traceback."""
+def run_program(main: Callable[..., Any], when_full: str = "Make room, then run it again") -> None:
+    """Run a command line; what the user can mend is told in one message, without a traceback.
+
+    Args:
+        main: the function that typer makes a command line of.
+        when_full: what to do when a disk is full.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:
@@ -27,7 +32,7 @@ def run_program(main: Callable[..., Any]) -> None:
         full = _disk_full(error)
         if full is None:
             raise
-        sys.exit(f"error: {full}. {DISK_FULL}")
+        sys.exit(f"error: {full}. {when_full}")
 
 
 def _disk_full(error: BaseException | None) -> BaseException | None:

@@ -10,7 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from saltray.cli import bundled_space, located, parse_duration, prepare_to_join, run_program
-from saltray.config import Objective, Scheduler, Searcher, Split, UserError
+from saltray.config import DISK_FULL, Objective, Scheduler, Searcher, Split, UserError
 
 # Heavy imports wait until they are needed, so that --help answers at once.
 if TYPE_CHECKING:
@@ -261,4 +261,4 @@ def _resumed(folder: Path, space: Path | None, server: str | None, changes: dict
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, DISK_FULL)

@@ -1,4 +1,6 @@
 import os
+import re
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,16 +122,21 @@ def test_joining_a_cluster_sets_no_keepalive_of_its_own(monkeypatch: pytest.Monk
         RuntimeError("(sqlite3.OperationalError) database or disk is full"),
     ],
 )
-def test_a_full_disk_is_told_in_one_message(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_told_in_one_message(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def main() -> None:
         try:
             raise error
         except Exception:
             raise RuntimeError("the search has failed") from error
 
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(SystemExit, match=r"(left on device|disk is full).*Make room, then go on"),
-    ):
-        patch.setattr(sys, "argv", ["tune"])
-        cli.run_program(main)
+    told = str(run(monkeypatch, main))
+    assert re.fullmatch(r"error: .*(left on device|disk is full).*\. Make room, then run it again", told)
+
+
+@pytest.mark.parametrize("name", ["tune", "predict", "explore", "demo", "score", "report"])
+def test_the_search_alone_is_told_to_go_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cli, "run_program", lambda *arguments: started.append(arguments))
+    runpy.run_path(str(Path(cli.__file__).with_name(f"{name}.py")), run_name="__main__")
+    ((_, *advice),) = started
+    assert advice == (["Make room, then go on with the run: --resume"] if name == "tune" else [])
