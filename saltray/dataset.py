@@ -28,7 +28,7 @@ import pyarrow.fs
 import ray.data
 from PIL import Image
 
-from saltray import rle
+from saltray import csvfile, rle
 from saltray.augment import Batch
 from saltray.config import TILE, UserError, counted
 
@@ -206,22 +206,13 @@ def _read_csv(folder: Folder, name: str, columns: list[str]) -> pd.DataFrame:
     if not folder.exists(name):
         raise DataError(f"{folder.path(name)}: no such file")
     with folder.filesystem.open_input_stream(folder.path(name)) as file:
-        try:
-            table = pd.read_csv(file, dtype=str, keep_default_na=False)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise DataError(f"{folder.path(name)}: not a CSV file: {error}") from None
-    for column in columns:
-        if column not in table.columns:
-            raise DataError(f"{folder.path(name)}: no column '{column}'; it has {', '.join(table.columns)}")
+        table = csvfile.read(file, folder.path(name), columns, DataError)
     unsafe = [i for i in table["id"] if not _SAFE_ID.fullmatch(i)]
     if unsafe:
         raise DataError(
             f"{folder.path(name)}: id {unsafe[0]!r}: only letters, digits, '_' and '-' may stand in one"
         )
-    twice = table["id"][table["id"].duplicated()].tolist()
-    if twice:
-        raise DataError(f"{folder.path(name)}: these ids stand twice: {', '.join(twice)}")
-    return table[columns].assign(row=np.arange(len(table)))
+    return table.assign(row=np.arange(len(table)))
 
 
 def _list_files(

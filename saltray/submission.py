@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from saltray import metrics, rle
+from saltray import csvfile, metrics, rle
 from saltray.config import UserError, counted
 
 
@@ -30,16 +30,7 @@ def read(path: Path) -> pd.Series:
     """
     if not path.is_file():
         raise SubmissionError(f"{path}: no such file")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise SubmissionError(f"{path}: not a CSV file: {error}") from None
-    missing = {"id", "rle_mask"} - set(table.columns)
-    if missing:
-        raise SubmissionError(f"{path}: no column '{min(missing)}'; it has {', '.join(table.columns)}")
-    twice = table["id"][table["id"].duplicated()]
-    if len(twice):
-        raise SubmissionError(f"{path}: id {twice.iloc[0]} stands twice")
+    table = csvfile.read(path, str(path), ["id", "rle_mask"], SubmissionError)
     return table.set_index("id")["rle_mask"]
 
 

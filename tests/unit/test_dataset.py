@@ -186,6 +186,15 @@ def test_unusable_csv_is_named(
     assert str(data / file) in str(caught.value) and expected in str(caught.value)
 
 
+def test_spaces_behind_commas_do_no_harm(data: Path) -> None:
+    expected = read_train(open_folder(str(data))).rows
+    for name in ("train.csv", "depths.csv"):
+        (data / name).write_text((data / name).read_text().replace(",", " , "))
+    table = read_train(open_folder(str(data)))
+    assert table.problems == {}
+    pd.testing.assert_frame_equal(table.rows, expected)
+
+
 @pytest.mark.parametrize(("part", "reader"), [("train", read_train), ("test", read_test)])
 def test_neither_folder_nor_zip(data: Path, part: str, reader: Reader) -> None:
     shutil.rmtree(data / part)

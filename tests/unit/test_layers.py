@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "saltray"
 LAYERS = [
     ["config"],
-    ["rle"],
+    ["rle", "csvfile"],
     ["metrics"],
     ["ensemble"],
     ["losses"],
@@ -67,7 +67,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 WITHOUT_RAY = [
-    *("config", "rle", "metrics", "losses", "layers", "pretrained", "model", "optim", "augment"),
+    *("config", "rle", "csvfile", "metrics", "losses", "layers", "pretrained", "model", "optim", "augment"),
     *("ensemble", "checkpoint", "members", "training", "samples"),
     *("submission", "validation", "study", "cli", "page", "demo", "trial_figures", "tile_figures", "score"),
 ]

@@ -67,6 +67,11 @@ def test_extra_columns_and_a_byte_order_mark_do_no_harm(tmp_path: Path) -> None:
     assert submission.read(path).to_dict() == {"a": "1 1"}
 
 
+def test_spaces_around_names_and_values_do_no_harm(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "truth.csv", 'id , rle_mask\n a, 1 5 8 2 \nb ,\nc, "9  1"\n')
+    assert submission.read(path).to_dict() == {"a": "1 5 8 2", "b": "", "c": "9  1"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -76,7 +81,7 @@ def test_extra_columns_and_a_byte_order_mark_do_no_harm(tmp_path: Path) -> None:
         (HEADER + 'a,"1 1\n', "not a CSV file"),
         ("id,mask\na,1 1\n", "no column 'rle_mask'; it has id, mask"),
         ("name,rle_mask\na,1 1\n", "no column 'id'; it has name, rle_mask"),
-        (HEADER + "a,1 1\nb,\na,\n", "id a stands twice"),
+        (HEADER + "a,1 1\nb,\na,\n", "these ids stand twice: a"),
     ],
 )
 def test_a_file_that_is_no_submission_is_refused(tmp_path: Path, text: str, message: str) -> None:
