@@ -226,9 +226,9 @@ def _list_files(
                 raise DataError(f"{folder.path(part, kind)}: no such folder")
             selector = pyarrow.fs.FileSelector(folder.path(part, kind))
             infos = folder.filesystem.get_file_info(selector)
-            files[kind] = {
-                PurePosixPath(i.path).stem: i.path for i in infos if i.path.lower().endswith(".png")
-            }
+            # The name alone: the folder itself may well lie in a hidden one.
+            names = {i.path: PurePosixPath(i.base_name) for i in infos}
+            files[kind] = {name.stem: path for path, name in names.items() if _is_picture(name)}
         return None, files
     archive = folder.path(f"{part}.zip")
     if not folder.exists(f"{part}.zip"):
@@ -245,13 +245,18 @@ def _sort_members(archive: str, names: list[str], kinds: list[str]) -> dict[str,
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name:
             raise DataError(f"{archive}: member {name!r} leads out of the archive; do not trust this file")
-        hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-        if path.suffix.lower() == ".png" and not hidden and path.parent.name in files:
+        if _is_picture(path) and path.parent.name in files:
             files[path.parent.name][path.stem] = name
     for kind in kinds:
         if not files[kind]:
             raise DataError(f"{archive}: no folder '{kind}' with PNG files in it")
     return files
+
+
+def _is_picture(path: PurePosixPath) -> bool:
+    """Tell a PNG, and none that is hidden: macOS puts `._ID.png` and `__MACOSX/` beside what it packs."""
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() == ".png" and not hidden
 
 
 @contextmanager

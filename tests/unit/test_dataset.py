@@ -405,6 +405,16 @@ def test_what_macos_adds_to_a_zip_is_ignored(data: Path) -> None:
     assert table.rows["image"].iloc[0] == f"train/images/{TRAIN[0]}.png"
 
 
+def test_what_macos_leaves_in_a_folder_is_ignored(pristine: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(pristine, tmp_path / ".hidden" / "data"))
+    for kind in ("images", "masks"):
+        for name in (f"._{TRAIN[0]}.png", ".stranger.PNG", ".DS_Store", "notes.txt"):
+            (data / "train" / kind / name).write_bytes(b"junk")
+    table = read_train(open_folder(str(data)))
+    assert table.problems == {} and table.rows["id"].tolist() == TRAIN
+    assert Path(table.rows["image"].iloc[0]).name == f"{TRAIN[0]}.png"
+
+
 # The PNGs
 
 
