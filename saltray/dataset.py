@@ -4,7 +4,7 @@ The folder has Kaggle's layout, unpacked or as downloaded: `train.csv`, `depths.
 `sample_submission.csv`, and `train/images`, `train/masks`, `test/images` or `train.zip`, `test.zip`. It may
 lie on any file system that pyarrow reads (a local path, `s3://`, `gs://` ...).
 
-What is wrong with a single tile is collected, never raised on the way, so that one run names every bad tile.
+What is wrong with a single tile is collected, never raised on the way, so that one run tells all bad tiles.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ from saltray.config import TILE, UserError, counted
 TILES_PER_BLOCK = 512
 """10 MiB of image and mask: large enough to outweigh a task's overhead, small enough to stream."""
 
+_LISTED = 50  # bad tiles that a refusal names
 _PNG_LIMIT = 2**20  # bytes; a 101x101 PNG of 16-bit RGB has at most 62 kB
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -144,11 +145,16 @@ def fingerprint(table: Table, fold: npt.NDArray[np.int64]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
-def decode(table: Table) -> tuple[ray.data.Dataset, Problems]:
+def decode(table: Table, skip_bad: bool = True) -> tuple[ray.data.Dataset, Problems]:
     """Decode a table's tiles into a materialized dataset, shared by whoever reads it.
 
     Columns: row int64, id, image uint8 (101, 101), z float32; for training tiles also mask uint8 (101, 101)
-    in {0, 1} and coverage float32. Tiles that cannot be read are left out and named in the problems.
+    in {0, 1} and coverage float32. Tiles that cannot be read are named in the problems.
+
+    Args:
+        table: what to decode.
+        skip_bad: leave these tiles out, which decodes all others once more; else they stay in, as zeros, for
+            a caller that refuses them.
     """
     decoded = (
         ray.data.from_pandas(_blocks(table.rows))
@@ -161,7 +167,7 @@ def decode(table: Table) -> tuple[ray.data.Dataset, Problems]:
     problems: Problems = {}
     for batch in decoded.select_columns(["id", "error"]).iter_batches(batch_size=None):
         problems |= {str(i): str(e) for i, e in zip(batch["id"], batch["error"], strict=True) if e}
-    if problems:
+    if problems and skip_bad:
         good = ~table.rows["id"].isin(list(problems)).to_numpy()
         decoded, _ = decode(table.where(good))
     return decoded, problems
@@ -181,7 +187,7 @@ def decode_local(table: Table) -> tuple[Batch, Problems]:
 
 
 def refuse(problems: Problems, where: str) -> None:
-    """Raise a DataError that lists every problem, if there is one."""
+    """Raise a DataError that lists the problems, if there is one; of very many the first."""
     if len(problems) > 1 and "://" not in where and all("No such file" in p for p in problems.values()):
         # This machine has listed them: it is another one that decodes, and does not see the folder.
         raise DataError(
@@ -189,9 +195,11 @@ def refuse(problems: Problems, where: str) -> None:
             f"{min(problems)}: {problems[min(problems)]}. All machines must see that folder: NFS, or s3://"
         )
     if problems:
-        lines = "\n".join(f"  {tile}: {problem}" for tile, problem in sorted(problems.items()))
+        lines = [f"  {tile}: {problem}\n" for tile, problem in sorted(problems.items())[:_LISTED]]
+        if len(problems) > _LISTED:
+            lines.append(f"  ... and {len(problems) - _LISTED} more\n")
         raise DataError(
-            f"{where}: {counted(len(problems), 'bad tile')}:\n{lines}\n"
+            f"{where}: {counted(len(problems), 'bad tile')}:\n{''.join(lines)}"
             "Mend these files, or pass --skip-bad to leave the tiles out."
         )
 

@@ -42,7 +42,7 @@ def main(
     with run.quiet(None):
         run.connect(address)
         try:
-            tiles, bad = dataset.decode(table)
+            tiles, bad = dataset.decode(table, skip_bad)
             problems = table.problems | bad
             if not skip_bad:
                 dataset.refuse(problems, data)

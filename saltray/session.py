@@ -201,7 +201,7 @@ def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str
             refold = pd.Series(assigned, index=train.rows["row"])
         parts, problems = [], train.problems | test.problems
         for table in (train.where(fold != 0), train.where(fold == 0), test):
-            tiles, bad = dataset.decode(table)
+            tiles, bad = dataset.decode(table, settings.skip_bad)
             parts.append(tiles)
             problems |= bad
         if not settings.skip_bad:

@@ -173,6 +173,8 @@ def test_all_bad_tiles_are_named_at_once_and_the_good_remain(data: Path) -> None
     remaining = [i for i in IDS if i not in spoilt]
     assert rows["id"].tolist() == remaining and rows["image"].any(axis=(1, 2)).all()
     assert rows["row"].tolist() == [IDS.index(i) for i in remaining]
+    everything, same = decode(table, skip_bad=False)
+    assert same == problems and everything.count() == TRAIN, "nothing is decoded twice to be refused"
 
 
 def test_a_folder_that_another_machine_does_not_see_is_told_as_that(data: Path) -> None:

@@ -281,6 +281,16 @@ def test_refuse_accepts_good_tiles_and_counts_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("bad", "more"), [(50, ""), (51, "  ... and 1 more\n"), (4000, "  ... and 3950 more\n")]
+)
+def test_refuse_names_fifty_tiles_at_most(bad: int, more: str) -> None:
+    with pytest.raises(DataError) as caught:
+        refuse({f"tile{i:04d}": "broken" for i in reversed(range(bad))}, "train")
+    lines = "".join(f"  tile{i:04d}: broken\n" for i in range(50))
+    assert str(caught.value).startswith(f"train: {bad} bad tiles:\n{lines}{more}Mend")
+
+
+@pytest.mark.parametrize(
     ("code", "expected"),
     [
         ("1", "not in pairs"),
