@@ -35,6 +35,8 @@ from saltray.config import TILE, UserError, counted
 TILES_PER_BLOCK = 512
 """10 MiB of image and mask: large enough to outweigh a task's overhead, small enough to stream."""
 
+DEPTHS = "depths.csv"
+
 _LISTED = 50  # bad tiles that a refusal names
 _PNG_LIMIT = 2**20  # bytes; a 101x101 PNG of 16-bit RGB has at most 62 kB
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
@@ -128,12 +130,16 @@ def read_train(folder: Folder) -> Table:
 
 
 def read_test(folder: Folder) -> Table:
-    """Read the unlabelled tiles' table, in the order of `sample_submission.csv`; raises as `read_train`."""
+    """Read the unlabelled tiles' table, in the order of `sample_submission.csv`; raises as `read_train`.
+
+    Where there is no depths.csv, z is NaN: most networks do not take the depth.
+    """
     rows = _read_csv(folder, "sample_submission.csv", ["id", "rle_mask"]).drop(columns="rle_mask")
     archive, files = _list_files(folder, "test", ["images"])
     problems = _match(rows, files["images"], "sample_submission.csv", "test/images")
-    rows = rows.assign(image=rows["id"].map(files["images"]))
-    rows = _add_depths(folder, rows, problems)
+    rows = rows.assign(image=rows["id"].map(files["images"]), z=np.float32(np.nan))
+    if folder.exists(DEPTHS):
+        rows = _add_depths(folder, rows, problems)
     return Table(folder, archive, rows[~rows["id"].isin(list(problems))], rows["id"].tolist(), problems)
 
 
@@ -287,12 +293,12 @@ def _match(rows: pd.DataFrame, images: dict[str, str], csv: str, where: str) -> 
 
 def _add_depths(folder: Folder, rows: pd.DataFrame, problems: Problems) -> pd.DataFrame:
     """Add the depth z of each tile."""
-    depths = _read_csv(folder, "depths.csv", ["id", "z"]).set_index("id")["z"]
+    depths = _read_csv(folder, DEPTHS, ["id", "z"]).set_index("id")["z"]
     for tile in set(rows["id"]) - set(depths.index):
-        problems.setdefault(tile, "without a row in depths.csv")
+        problems.setdefault(tile, f"without a row in {DEPTHS}")
     z = pd.to_numeric(rows["id"].map(depths), errors="coerce").astype(np.float32)
     for tile in set(rows["id"][~np.isfinite(z)]) & set(depths.index):
-        problems.setdefault(tile, f"depths.csv: depth {depths[tile]!r} is not a number")
+        problems.setdefault(tile, f"{DEPTHS}: depth {depths[tile]!r} is not a number")
     return rows.assign(z=z)
 
 

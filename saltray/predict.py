@@ -33,12 +33,16 @@ def main(
 
     place = run.fetched(located(model))
     folder = next((place / name for name in ("ensemble", "best") if (place / name).is_dir()), place)
-    for member in members.read(folder):
-        checkpoint.load_model(member.folder)  # a damaged one is told now
+    # All of them are loaded: a damaged one is told now.
+    takes_depth = [checkpoint.load_model(member.folder).prepare.depth for member in members.read(folder)]
     chosen = inference.stored_postprocessing(folder)
     if threshold is not None:
         chosen = replace(chosen, threshold=threshold)
-    table = dataset.read_test(dataset.open_folder(located(data)))
+    contest = dataset.open_folder(located(data))
+    if any(takes_depth) and not contest.exists(dataset.DEPTHS):
+        missing = contest.path(dataset.DEPTHS)
+        raise UserError(f"{missing}: no such file; {model} takes the depth of each tile (columns id, z)")
+    table = dataset.read_test(contest)
     with run.quiet(None):
         run.connect(address)
         try:

@@ -160,13 +160,35 @@ def test_where_chooses_rows_and_drops_the_problems(data: Path) -> None:
         ("train.csv", read_train),
         ("depths.csv", read_train),
         ("sample_submission.csv", read_test),
+    ],
+)
+def test_missing_csv_is_named(data: Path, file: str, reader: Reader) -> None:
+    (data / file).unlink()
+    with pytest.raises(DataError, match="no such file") as caught:
+        reader(open_folder(str(data)))
+    assert str(data / file) in str(caught.value)
+
+
+def test_test_tiles_may_lack_depths_altogether(data: Path) -> None:
+    expected = read_test(open_folder(str(data)))
+    (data / "depths.csv").unlink()
+    table = read_test(open_folder(str(data)))
+    assert table.problems == {} and table.ids == TEST
+    pd.testing.assert_frame_equal(table.rows, expected.rows.assign(z=np.float32(np.nan)))
+
+
+@pytest.mark.parametrize(
+    ("file", "reader"),
+    [
+        ("train.csv", read_train),
+        ("depths.csv", read_train),
+        ("sample_submission.csv", read_test),
         ("depths.csv", read_test),
     ],
 )
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "no such file"),
         (b"", "not a CSV"),
         (b"\xff\xfe\x00id", "not a CSV"),
         (b"id,z,rle_mask\na,1,1 1\nb,1,2,3,4\n", "not a CSV"),
@@ -174,13 +196,8 @@ def test_where_chooses_rows_and_drops_the_problems(data: Path) -> None:
         (b"id,x\na,1\n", "no column '"),
     ],
 )
-def test_unusable_csv_is_named(
-    data: Path, file: str, reader: Reader, content: bytes | None, expected: str
-) -> None:
-    if content is None:
-        (data / file).unlink()
-    else:
-        (data / file).write_bytes(content)
+def test_unusable_csv_is_named(data: Path, file: str, reader: Reader, content: bytes, expected: str) -> None:
+    (data / file).write_bytes(content)
     with pytest.raises(DataError) as caught:
         reader(open_folder(str(data)))
     assert str(data / file) in str(caught.value) and expected in str(caught.value)
