@@ -28,8 +28,8 @@ def read(source: Path | IO[bytes], name: str, columns: list[str], refusal: type[
     for column in columns:
         if column not in table.columns:
             raise refusal(f"{name}: no column '{column}'; it has {', '.join(table.columns)}")
-    table = table[columns].apply(lambda values: values.str.strip(" "))
-    twice = table["id"][table["id"].duplicated()].unique()
+    checked: pd.DataFrame = table[columns].apply(lambda values: values.str.strip(" "))
+    twice = checked["id"][checked["id"].duplicated()].unique()
     if len(twice):
         raise refusal(f"{name}: these ids stand twice: {', '.join(twice)}")
-    return table
+    return checked
