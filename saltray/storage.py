@@ -7,6 +7,7 @@ what could not be copied is copied first.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -64,13 +65,15 @@ class Home:
 def home(where: str) -> Home:
     """Return the home of a run at a path or URI.
 
-    A URI's working folder is named after it, in `~/.cache/saltray/`.
+    A URI's working folder is named after it, in `~/.cache/saltray/`, with eight digits of its SHA-256:
+    other URIs may have the same words.
     """
     if "://" not in where:
         return Home(Path(where).expanduser().resolve())
-    words = re.sub(r"[^\w.-]+", "-", where.rstrip("/"))
+    uri = where.rstrip("/")
+    words, digits = re.sub(r"[^\w.-]+", "-", uri), hashlib.sha256(uri.encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Home(cache / "saltray" / words, where.rstrip("/"))
+    return Home(cache / "saltray" / f"{words}-{digits}", uri)
 
 
 def open_uri(where: str) -> tuple[pyarrow.fs.FileSystem, str]:

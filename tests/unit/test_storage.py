@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,9 +15,10 @@ def test_a_path_is_its_own_home_and_a_uri_has_a_working_folder(
     local, remote = storage.home("runs/x"), storage.home("s3://bucket/runs/x/")
     assert (local.folder, local.uri) == (tmp_path / "runs" / "x", None)
     assert local.trials == f"{tmp_path}/runs/x/trials"
-    assert remote.folder == tmp_path / "saltray" / "s3-bucket-runs-x"
+    digits = hashlib.sha256(b"s3://bucket/runs/x").hexdigest()[:8]
+    assert remote.folder == tmp_path / "saltray" / f"s3-bucket-runs-x-{digits}"
     assert (str(remote), remote.trials) == ("s3://bucket/runs/x", "s3://bucket/runs/x/trials")
-    assert storage.home("s3://bucket/runs/y").folder != remote.folder
+    assert storage.home("s3://bucket/runs-x").folder != remote.folder  # of the same words
 
 
 def test_paths_that_ray_gives_get_the_scheme_of_their_root() -> None:
