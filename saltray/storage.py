@@ -17,7 +17,7 @@ import sqlite3
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ MIRROR_SECONDS = 10.0
 
 UNSENT = ".unsent"
 """In a working folder while it may hold what its URI does not."""
+
+BUNDLES = ("best", "ensemble")
+"""A run's folders that are made anew in whole: what an older one had more goes from a copy as well."""
 
 PROBE_SECONDS = 60.0
 """How long a machine may take to show that it sees the run's folder."""
@@ -110,7 +113,8 @@ def openable(root: str, path: str) -> str:
 def fetch(place: Home) -> None:
     """Copy a mirrored run's small files to its working folder, over what an earlier session left there.
 
-    What that session could not copy to the URI is copied now, before anything is overwritten.
+    What that session could not copy to the URI is copied now, before anything is overwritten. What a bundle
+    has here and not at the URI is deleted, once all that the URI has is here.
 
     Raises:
         StorageError: the URI cannot be read or written, or holds no run; or another machine has gone on with
@@ -132,6 +136,7 @@ def fetch(place: Home) -> None:
     filesystem, root = open_uri(place.uri)
     for stale in place.folder.glob("*.db-*"):  # a killed session's, which would be played into the new file
         stale.unlink()
+    fetched = set()
     try:
         for path in [
             path for name in found if name != "trials" for path in _files(filesystem, f"{root}/{name}")
@@ -140,8 +145,22 @@ def fetch(place: Home) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             with filesystem.open_input_stream(path) as file:
                 target.write_bytes(file.read())
+            fetched.add(target)
     except OSError as error:
         raise StorageError(f"{place}: cannot be read: {error}") from None
+    if not (place.folder / UNSENT).exists():  # it is, where there was no run.json to send the rest with
+        for name in BUNDLES:
+            _keep(fetched, place.folder / name)
+
+
+def _keep(kept: Container[Path], folder: Path) -> None:
+    """Delete all other files below a folder, and the folders that this leaves empty."""
+    for path in sorted([folder, *folder.rglob("*")], reverse=True):  # what lies in a folder before the folder
+        if not path.is_dir():
+            if path not in kept:
+                path.unlink(missing_ok=True)
+        elif not any(path.iterdir()):
+            path.rmdir()
 
 
 def _goes_on(place: Home) -> bool:
@@ -170,6 +189,7 @@ class Mirror:
 
     home: Home
     _sent: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    _pruned: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _last: float = 0.0
 
     def __enter__(self) -> "Mirror":
@@ -187,7 +207,7 @@ class Mirror:
         (self.home.folder / UNSENT).unlink(missing_ok=True)
 
     def push(self) -> None:
-        """Copy what has changed.
+        """Copy what has changed; then delete at the URI what its bundles have more than those here.
 
         Raises:
             StorageError: the URI cannot be written.
@@ -220,6 +240,27 @@ class Mirror:
                     f"The run's files are in {self.home.folder} on {socket.gethostname()}"
                 ) from None
             self._sent[name] = state
+        for bundle in BUNDLES:
+            self._prune(bundle, filesystem, root)
+
+    def _prune(self, bundle: str, filesystem: pyarrow.fs.FileSystem, root: str) -> None:
+        """Delete what an older bundle has left at the URI, where there is one here, all of it copied."""
+        folder = self.home.folder
+        files = (file for file in sorted((folder / bundle).rglob("*")) if file.is_file())
+        # By the paths' ends: a file system may give their beginning in other words than it was asked.
+        here = tuple(f"/{file.relative_to(folder).as_posix()}" for file in files)
+        if not here or here == self._pruned.get(bundle):
+            return
+        try:
+            for path in _files(filesystem, f"{root}/{bundle}"):
+                if not path.endswith(here):
+                    filesystem.delete_file(path)
+        except OSError as error:
+            raise StorageError(
+                f"{self.home.uri}/{bundle}: what an older one has left there cannot be deleted: {error}. "
+                f"The run's files are in {folder} on {socket.gethostname()}"
+            ) from None
+        self._pruned[bundle] = here
 
     def push_soon(self) -> None:
         """Copy what has changed if that was not done a moment ago; a failure waits for the next time."""

@@ -115,8 +115,13 @@ def test_the_mirror_copies_what_changed_and_a_fetch_brings_it_back(s3: str, tmp_
     study.create_study(study.Place(place.folder)).ask().report(0.5, 1)
     (place.folder / "run.json").write_text("{}")
     (place.folder / ".lock").touch()
+    best = place.folder / "best"
+    best.mkdir()
+    for name in ("model.onnx", "weights"):
+        (best / name).write_text("old")
     with storage.Mirror(place) as mirror:
         mirror.push()
+        (best / "model.onnx").unlink()
         (place.folder / "logs").mkdir()
         (place.folder / "logs" / "search.log").write_text("said")
     elsewhere = storage.Home(tmp_path / "there", place.uri)
@@ -124,6 +129,7 @@ def test_the_mirror_copies_what_changed_and_a_fetch_brings_it_back(s3: str, tmp_
     assert (elsewhere.folder / "logs" / "search.log").read_text() == "said"
     assert study.load_study(elsewhere.folder).trials[0].intermediate_values == {1: 0.5}
     assert not (elsewhere.folder / ".lock").exists()
+    assert [file.name for file in (elsewhere.folder / "best").iterdir()] == ["weights"]
 
 
 def test_a_bucket_that_lets_nobody_in_is_told_with_its_uri(s3: str, tmp_path: Path) -> None:

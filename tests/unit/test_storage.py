@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,107 @@ def test_what_a_session_could_not_copy_is_copied_before_a_fetch(place: storage.H
     assert (place.folder / "submission.csv").read_text() == "newer"
     assert (bucket / "submission.csv").read_text() == "newer"
     assert not (place.folder / storage.UNSENT).exists()
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def files(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+OLD = ("best/model.onnx", "best/weights", "ensemble/ensemble.json", "ensemble/members/00/weights")
+OLDER = ("ensemble/members/01/weights", "ensemble/members/01/snapshots-1")
+OTHERS = (
+    "run.json",
+    "logs/search.log",
+    "best-of-mine/notes",
+    "trials/session-01/best/weights",
+    "submission.csv",
+)
+
+
+@pytest.fixture
+def copied(place: storage.Home, tmp_path: Path) -> Path:
+    """Where the URI's files lie, with all of a run; its working folder has the same."""
+    bucket = tmp_path / "bucket" / "run"
+    for folder in (bucket, place.folder):
+        write(folder, *OLD, *OLDER, *OTHERS)
+        make_session(storage.Home(folder), [1])
+    return bucket
+
+
+def renew(place: storage.Home) -> None:
+    """Make other bundles: `best/` without model.onnx, and an ensemble of one member."""
+    for name in storage.BUNDLES:
+        shutil.rmtree(place.folder / name)
+    write(place.folder, *OLD[1:], "best/metrics.json")
+
+
+def test_of_an_older_bundle_nothing_stays_at_the_uri_or_in_another_working_folder(
+    place: storage.Home, copied: Path, tmp_path: Path
+) -> None:
+    elsewhere = storage.Home(tmp_path / "elsewhere", place.uri)
+    storage.fetch(elsewhere)
+    write(elsewhere.folder, "best.old/weights", "notes")  # no copy of the URI's
+    with storage.Mirror(place) as mirror:
+        mirror.push()
+        assert {*OLD, *OLDER, *OTHERS} == files(copied)
+        renew(place)
+        for name in ("submission.csv", "logs/search.log"):
+            (place.folder / name).unlink()
+        write(place.folder, "best.new/weights")
+        mirror.push()
+    assert files(copied) == {*OLD[1:], "best/metrics.json", *OTHERS}
+    storage.fetch(elsewhere)
+    here = {name for name in OTHERS if not name.startswith("trials/")} | {"best.old/weights", "notes"}
+    assert files(elsewhere.folder) == {*OLD[1:], "best/metrics.json"} | here
+    assert not (elsewhere.folder / "ensemble" / "members" / "01").exists()
+
+
+def test_a_session_without_bundles_deletes_none_at_the_uri(place: storage.Home, copied: Path) -> None:
+    for name in storage.BUNDLES:
+        shutil.rmtree(place.folder / name)
+    (place.folder / "best" / "empty").mkdir(parents=True)
+    with storage.Mirror(place):
+        pass
+    assert {*OLD, *OLDER} <= files(copied)
+
+
+def test_the_old_bundle_is_whole_until_the_new_one_is_there(
+    place: storage.Home, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = storage.Mirror(place)
+    mirror.push()
+    renew(place)
+    (copied / "best" / "metrics.json").mkdir()  # where no file can be written
+    with pytest.raises(storage.StorageError, match=r"best/metrics\.json: cannot be written"):
+        mirror.push()
+    assert {*OLD, *OLDER} <= files(copied)
+    (copied / "best" / "metrics.json").rmdir()
+    monkeypatch.setattr(storage, "_files", lambda *_: [str(copied / "best" / "gone")])
+    with pytest.raises(storage.StorageError, match="an older one has left there cannot be deleted"):
+        mirror.push()
+    monkeypatch.undo()
+    mirror.push()  # what failed is tried again, though all is copied
+    assert files(copied) == {*OLD[1:], "best/metrics.json", *OTHERS}
+
+
+def test_bundles_that_were_not_sent_are_not_deleted_by_a_fetch(place: storage.Home, copied: Path) -> None:
+    write(place.folder, storage.UNSENT, "ensemble/members/00/a")
+    storage.fetch(place)
+    assert "ensemble/members/00/a" in files(place.folder) & files(copied)
+    write(place.folder, storage.UNSENT, "ensemble/members/00/b")
+    (place.folder / "run.json").unlink()  # so that it cannot be told whether it is the newer
+    storage.fetch(place)
+    assert "ensemble/members/00/b" in files(place.folder)
+    shutil.rmtree(copied / "ensemble")
+    (place.folder / storage.UNSENT).unlink()
+    storage.fetch(place)
+    assert not (place.folder / "ensemble").exists()  # it would be taken for one
 
 
 def test_a_run_with_which_two_machines_went_on_is_refused(place: storage.Home, tmp_path: Path) -> None:
