@@ -1,9 +1,11 @@
 """A search as other tools show it: TensorBoard's event files, and MLflow where it is set up."""
 
+import contextlib
 import importlib.util
 import io
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,9 @@ from optuna.trial import TrialState
 from PIL import Image
 from ray import tune
 from ray.tune.logger import TBXLoggerCallback
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import hparams, image, scalar
 
 from saltray.config import UserError
 from saltray.samples import PICTURE
@@ -35,18 +38,68 @@ PARENT = "mlflow_run"
 _logger = logging.getLogger(__name__)
 
 
+class _Guard:
+    """Calls what logs to a tool, up to the first error: the search goes on without, and waits for nothing."""
+
+    def __init__(self, tool: str) -> None:
+        self._tool, self._lost = tool, False
+
+    def __call__(self, log: Callable[..., None], *arguments: Any) -> None:
+        if self._lost:
+            return
+        try:
+            log(*arguments)
+        except Exception:
+            self._lost = True
+            _logger.warning("logging to %s ends here", self._tool, exc_info=True)
+
+
+class _EventFile:
+    """A TensorBoard event file that is written at once, so that errors are raised: OSError.
+
+    tensorboardX's SummaryWriter writes in a thread, which ends at an error; what it is then given fills its
+    queue, and waits for ever.
+    """
+
+    def __init__(self, folder: Path, epoch: int) -> None:
+        """Begin a file that replaces what earlier ones in the folder say of this epoch and later ones."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.first = not (earlier := len(list(folder.glob("events*"))))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{earlier:03d}"
+        self._records = RecordWriter(str(folder / name))
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(session_log=SessionLog(status=SessionLog.START), step=epoch))
+
+    def add(self, *summaries: Any, epoch: int = 0) -> None:
+        """Write what tensorboardX's functions make of values."""
+        for summary in summaries:
+            self._write(Event(summary=summary, step=epoch))
+        self._records.flush()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+    def close(self) -> None:
+        """Close the file; all of it was flushed, unless an error was raised before."""
+        with contextlib.suppress(OSError):
+            self._records.close()
+
+
 class TensorBoard(TBXLoggerCallback):
     """One TensorBoard run a trial, `NNNN/`, with curves over the epochs, predictions and parameters.
 
     It stands in for Tune's own logger, which Tune adds where it finds none of its kind: that one counts
     reports instead of epochs, and starts again in another folder when a trial goes on in a later session.
+    Should a file not be written, or a picture not be read, the search goes on without.
     """
 
     def __init__(self, folder: Path, study: optuna.Study) -> None:
         """Keep the folder, which need not exist, and the study, which knows the parameters."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._folder, self._study = folder, study
-        self._writers: dict[int, SummaryWriter] = {}
+        self._attempt = _Guard("TensorBoard")
+        self._files: dict[int, _EventFile] = {}
         self._epochs: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,67 +112,64 @@ class TensorBoard(TBXLoggerCallback):
 
     def __exit__(self, *_: object) -> None:
         """Close the files of the trials that were cut off."""
-        for number in list(self._writers):
-            self._writers.pop(number).close()
+        for number in list(self._files):
+            self._files.pop(number).close()
 
     def log_trial_start(self, trial: Any) -> None:
         """Do nothing: the first epoch opens the file."""
 
     def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
         """Draw an epoch."""
-        if not set(CURVES) <= set(result):
-            return
-        number, epoch = trial.config["number"], result["epoch"]
-        if epoch <= self._epochs.get(number, 0) and number in self._writers:  # done again after a crash
-            self._writers.pop(number).close()
-        if number not in self._writers:
-            self._writers[number] = self._open(number, epoch)
-        self._epochs[number] = epoch
-        for name in CURVES:
-            self._writers[number].add_scalar(name, result[name], epoch)
-        self._writers[number].flush()
-        if "checkpoint_path" in result:  # of several workers; of one, `on_checkpoint` is told
-            known = self._study.get_trials(deepcopy=False)[number].user_attrs
-            place = known.get("checkpoint", result["checkpoint_path"])  # a URI where the run has one
-            self._show(number, tune.Checkpoint(place), epoch)
+        if set(CURVES) <= set(result):
+            self._attempt(self._draw, trial.config["number"], result)
 
     def on_checkpoint(
         self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any
     ) -> None:
         """Show what the model makes of a few validation tiles."""
-        number = trial.config["number"]
-        if number in self._writers:
-            self._show(number, checkpoint, self._epochs[number])
+        self._attempt(self._show, trial.config["number"], checkpoint)
 
     def log_trial_end(self, trial: Any, failed: bool = False) -> None:
         """Close the trial's file."""
-        number = trial.config["number"]
-        if number in self._writers:
-            _, _, end = hparams({}, {})
-            self._writers[number].file_writer.add_summary(end)
-            self._writers.pop(number).close()
+        self._attempt(self._end, trial.config["number"])
 
-    def _open(self, number: int, epoch: int) -> SummaryWriter:
-        folder = self._folder / f"{number:04d}"
-        earlier = len(list(folder.glob("events*")))
-        # What an earlier file says of this epoch and later ones is no longer shown (`purge_step`).
-        writer = SummaryWriter(str(folder), purge_step=epoch, filename_suffix=f".{earlier:03d}")
-        if not earlier:
+    def _draw(self, number: int, result: dict[str, Any]) -> None:
+        epoch = result["epoch"]
+        if epoch <= self._epochs.get(number, 0) and number in self._files:  # done again after a crash
+            self._files.pop(number).close()
+        if number not in self._files:
+            self._open(number, epoch)
+        self._epochs[number] = epoch
+        self._files[number].add(*(scalar(name, result[name]) for name in CURVES), epoch=epoch)
+        if "checkpoint_path" in result:  # of several workers; of one, `on_checkpoint` is told
+            known = self._study.get_trials(deepcopy=False)[number].user_attrs
+            place = known.get("checkpoint", result["checkpoint_path"])  # a URI where the run has one
+            self._show(number, tune.Checkpoint(place))
+
+    def _open(self, number: int, epoch: int) -> None:
+        self._files[number] = file = _EventFile(self._folder / f"{number:04d}", epoch)
+        if file.first:
             parameters = self._study.get_trials(deepcopy=False)[number].params
             # Without the list of all parameters, which the first trial's would fix for every other's.
             _, start, _ = hparams(parameters, {})
-            writer.file_writer.add_summary(start)
-        return writer
+            file.add(start)
 
-    def _show(self, number: int, checkpoint: tune.Checkpoint, epoch: int) -> None:
+    def _show(self, number: int, checkpoint: tune.Checkpoint) -> None:
         """Add the checkpoint's picture, if it has one: only a better model has."""
-        file, files = f"{checkpoint.path}/{PICTURE}", checkpoint.filesystem
-        if files is None or files.get_file_info(file).type != pyarrow.fs.FileType.File:
+        name, files = f"{checkpoint.path}/{PICTURE}", checkpoint.filesystem
+        if number not in self._files or files is None:
             return
-        with files.open_input_file(file) as stream:
+        if files.get_file_info(name).type != pyarrow.fs.FileType.File:
+            return
+        with files.open_input_file(name) as stream:
             picture = np.asarray(Image.open(io.BytesIO(stream.read())))
-        self._writers[number].add_image("samples", picture, epoch, dataformats="HW")
-        self._writers[number].flush()
+        self._files[number].add(image("samples", picture, dataformats="HW"), epoch=self._epochs[number])
+
+    def _end(self, number: int) -> None:
+        if number in self._files:
+            _, _, end = hparams({}, {})
+            self._files[number].add(end)
+            self._files.pop(number).close()
 
 
 class MLflow(tune.Callback):
@@ -137,7 +187,7 @@ class MLflow(tune.Callback):
             study: of the search.
         """
         self._client, self._name, self._study = client, name, study
-        self._lost = False
+        self._attempt = _Guard("MLflow")
         self._experiment = self._parent = ""
         self._runs: dict[int, str] = {}
         self._epochs: dict[int, int] = {}
@@ -171,16 +221,6 @@ class MLflow(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Log a trial's end by an error."""
         self._attempt(self._end, trial.config["number"])
-
-    def _attempt(self, log: Callable[..., None], *arguments: Any) -> None:
-        """Log something; the first error ends all logging, since each further call might wait for nothing."""
-        if self._lost:
-            return
-        try:
-            log(*arguments)
-        except Exception:
-            self._lost = True
-            _logger.warning("logging to MLflow ends here", exc_info=True)
 
     def _start(self) -> None:
         """Find what earlier sessions logged; begin anew where this server has nothing of them."""

@@ -1,7 +1,8 @@
 """What other tools are told of a search, by callbacks that are called as Tune calls them."""
 
+import errno
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from ray import tune
 from ray.tune.logger import TBXLoggerCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboardX import record_writer
 
 from saltray import tracking
 from saltray.config import UserError
@@ -55,6 +57,13 @@ def report(callback: Any, number: int, *epochs: int, **more: Any) -> None:
 
 def read(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder)).Reload()
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def call(*_: Any, **__: Any) -> None:
+        raise error
+
+    return call
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, Any]]:
@@ -129,6 +138,45 @@ def test_each_trial_has_its_own_parameters(tmp_path: Path) -> None:
         start = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
         found.append({k: v.string_value or v.number_value for k, v in start.hparams.items()})
     assert found == [{"rate": 0.01}, {"rate": 0.02, "kind": "resunet"}]
+
+
+def test_an_error_in_writing_ends_the_logging_and_not_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.TensorBoard(tmp_path, make_study()) as board:
+        report(board, 0, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(record_writer.RecordWriter, "write", raising(OSError(errno.EIO, "gone")))
+            report(board, 0, 2)
+        assert caplog.text.count("logging to TensorBoard ends here") == 1
+        report(board, 0, 3, 4, 5, 6)
+        report(board, 1, 1)
+        board.on_trial_complete(0, [], tune_trial(0))
+    assert caplog.text.count("ends here") == 1
+    assert [step for step, _ in curve(tmp_path / "0000", "loss")] == [1]
+
+
+def test_a_full_disk_ends_the_logging_and_not_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = Path("/dev/full").open("wb")  # noqa: SIM115 (closed with the board)
+    monkeypatch.setattr(record_writer, "open_file", lambda _: full)
+    with tracking.TensorBoard(tmp_path, make_study()) as board:
+        report(board, 0, 1)
+        assert "No space left on device" in caplog.text
+        report(board, 0, 2, 3)
+    assert full.closed
+
+
+def test_a_picture_that_cannot_be_read_does_not_end_the_search(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / PICTURE).write_text("half a picture")
+    with tracking.TensorBoard(tmp_path / "tb", make_study()) as board:
+        report(board, 1, 1, 2, checkpoint_path=str(tmp_path))  # a trial of several workers
+        board.on_checkpoint(0, [], tune_trial(1), tune.Checkpoint(str(tmp_path)))
+    assert caplog.text.count("logging to TensorBoard ends here") == 1
+    assert curve(tmp_path / "tb" / "0001", "loss") == [(1, 1.0)]
 
 
 def test_it_stands_in_for_tunes_own_logger(tmp_path: Path) -> None:
