@@ -4,6 +4,7 @@ One worker runs in Ray Train's local mode, inside Tune's own actor, which is reu
 trial then costs about a second beside its training. Several workers run under `TorchTrainer` with DDP.
 """
 
+import gc
 import math
 import platform
 import sys
@@ -186,6 +187,10 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
     torch.set_num_threads(max(1, round(resources.cpus)))
     batch_size = max(1, config.batch_size // world)
     device = _device(resources)
+    if device.type == "cuda":
+        # Tune's process held an earlier trial, whose cached blocks those that share the GPU cannot use.
+        gc.collect()
+        torch.cuda.empty_cache()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
     def start(epoch: int) -> Iterator[stream.Tensors]:
