@@ -4,7 +4,6 @@ U-Net: Ronneberger et al. 2015, arXiv:1505.04597. Residual blocks: He et al. 201
 differ only in what a level is made of; `build_model` is the one place that reads the configuration.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -32,9 +31,6 @@ from saltray.layers import (
 
 DEEPEST = 1000.0
 """The depth z that a network sees as 1; the contest's lie between 50 and 959."""
-
-SALT = 0.25
-"""The share of salt that a new network expects everywhere; the contest's tiles have about as much."""
 
 
 class Outputs(NamedTuple):
@@ -141,8 +137,6 @@ class EncoderDecoder(nn.Module):
         )
         self.empty = nn.Linear(encoder.widths[-1], 1) if deep_supervision else None
         self.apply(_initialise)
-        for head in (self.head, *self.auxiliary):
-            _start_at_prior(head)
 
     def forward(self, images: Tensor, depth: Tensor | None = None) -> Tensor | Outputs:
         """Map images, float (n, 1, h, w) in [0, 1], to logits of salt, float (n, h, w).
@@ -189,18 +183,6 @@ def _initialise(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _start_at_prior(head: nn.Conv2d) -> None:
-    """Let a head begin with the share of salt everywhere, as RetinaNet's (Lin et al. 2017, arXiv:1708.02002).
-
-    By He's rule the first logits are those of a network that is sure, of anything: the first epochs would go
-    into unlearning that.
-    """
-    assert head.bias is not None
-    if not head.weight.is_meta:
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.constant_(head.bias, math.log(SALT / (1 - SALT)))
 
 
 def build_model(config: ModelConfig) -> EncoderDecoder:

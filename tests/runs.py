@@ -11,8 +11,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from saltray import checkpoint, metrics, validation
-from saltray.config import DEBUG, ModelConfig, Objective
-from saltray.model import EncoderDecoder, build_model
+from saltray.config import DEBUG, Objective
+from saltray.model import build_model
 from saltray.study import Place, create_study
 
 START = datetime(2026, 11, 22, 8, tzinfo=UTC)
@@ -23,13 +23,6 @@ DOMAINS = {
 }
 
 HARDWARE = {"device": "a CPU", "workers": 1, "cpus": 1.0, "gpus": 0.0}
-
-
-def scattered_model(config: ModelConfig) -> EncoderDecoder:
-    """Build a network of random weights that calls some pixels salt; a new one's head calls none so."""
-    model = build_model(config)
-    model.head.reset_parameters()
-    return model
 
 
 def make_trial(
@@ -115,4 +108,4 @@ def _predict(folder: Path) -> None:
     (folder / "best").mkdir()
     scores = {f"{p:.2f}": 0.7 - abs(p - 0.5) for p in metrics.PROBABILITIES}
     facts = {"trial": 0, "threshold": 0.5, "validation_map": 0.7, "scores": scores, "best_map": 0.7}
-    checkpoint.save(folder / "best", scattered_model(DEBUG.model).state_dict(), DEBUG, facts)
+    checkpoint.save(folder / "best", build_model(DEBUG.model).state_dict(), DEBUG, facts)

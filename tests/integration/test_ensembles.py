@@ -32,10 +32,10 @@ from saltray.config import IGNORED, ModelConfig, TrialConfig
 from saltray.ensemble import Selection
 from saltray.inference import Model
 from saltray.metrics import Postprocessing
+from saltray.model import build_model
 from saltray.outoffold import Candidate, Source
 from saltray.study import Place, StudyError, count, load_study
 from tests.integration.programs import Program, check_submission, close, search_arguments
-from tests.runs import scattered_model
 
 CONFIG = TrialConfig(model=ModelConfig(filters=2, levels=1, dropout=0))
 
@@ -64,7 +64,7 @@ def cut(labelled: ray.data.Dataset, number: int) -> list[ray.data.Dataset]:
 def save(folder: Path, bias: float | None, seed: int = 0) -> Source:
     """Save a model of random weights, or one that has this logit everywhere."""
     torch.manual_seed(seed)
-    weights = scattered_model(CONFIG.model).state_dict()
+    weights = build_model(CONFIG.model).state_dict()
     if bias is not None:
         weights["head.weight"] *= 0
         weights["head.bias"][:] = bias

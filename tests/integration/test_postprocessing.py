@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from saltray import checkpoint, dataset, demo, folds, inference, metrics, rle, validation
 from saltray.config import TILE, ModelConfig, TrialConfig
 from saltray.metrics import Postprocessing
-from tests.runs import scattered_model
+from saltray.model import build_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of random weights that reads the depth, and calls some pixels of most tiles salt."""
     torch.manual_seed(4)
     config = TrialConfig(model=ModelConfig(filters=2, levels=1, dropout=0, depth=True))
-    weights = scattered_model(config.model).state_dict()
+    weights = build_model(config.model).state_dict()
     weights["head.bias"] += 0.3
     folder = tmp_path_factory.mktemp("model")
     checkpoint.save(folder, weights, config, {"threshold": 0.62, "history": [0.1]})

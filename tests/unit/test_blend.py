@@ -10,12 +10,13 @@ from rich.console import Console
 
 from saltray import blend, checkpoint, refits, run, search
 from saltray.config import DEBUG
+from saltray.model import build_model
 from saltray.outoffold import Candidate, Source
 from saltray.plan import Plan
 from saltray.storage import Home, Mirror
 from saltray.study import Place, create_study
 from saltray.trial import Tiles, WorkerResources
-from tests.runs import make_trial, scattered_model
+from tests.runs import make_trial
 
 NOTHING: Any = None
 
@@ -26,7 +27,7 @@ def make_job(folder: Path, scores: list[float], **settings: Any) -> blend.Job:
     for number, score in enumerate(scores):
         place = folder / f"trial{number}"
         place.mkdir()
-        weights = scattered_model(DEBUG.model).state_dict()
+        weights = build_model(DEBUG.model).state_dict()
         checkpoint.save(place, weights, DEBUG, {}, snapshots=[weights] * (2 if number == 1 else 0))
         study.add_trial(
             make_trial(TrialState.COMPLETE, [score], checkpoint=str(place), hardware={"gpus": 1.0})

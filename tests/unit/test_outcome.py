@@ -7,8 +7,9 @@ from optuna.trial import TrialState
 
 from saltray import bundle, checkpoint, outcome
 from saltray.config import DEBUG
+from saltray.model import build_model
 from saltray.study import Place, create_study
-from tests.runs import make_trial, scattered_model
+from tests.runs import make_trial
 
 NOTHING: Any = None
 SCORES = (0.4, 0.8, 0.6)
@@ -32,7 +33,7 @@ def study(tmp_path: Path) -> optuna.Study:
 
 def save(folder: Path, metrics: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
-    checkpoint.save(folder, scattered_model(DEBUG.model).state_dict(), DEBUG, metrics)
+    checkpoint.save(folder, build_model(DEBUG.model).state_dict(), DEBUG, metrics)
 
 
 def staged(folder: Path, study: optuna.Study) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 
 from saltray import checkpoint, dataset, demo, inference, members, predict, run
 from saltray.config import TILE, ModelConfig, TrialConfig, UserError
-from tests.runs import scattered_model
+from saltray.model import build_model
 
 
 class RayStarted(Exception):
@@ -27,7 +27,7 @@ def make_model(folder: Path, depth: bool) -> Path:
     torch.manual_seed(4)
     config = TrialConfig(model=ModelConfig(filters=2, levels=1, dropout=0, depth=depth))
     folder.mkdir(parents=True)
-    checkpoint.save(folder, scattered_model(config.model).state_dict(), config, {"threshold": 0.5})
+    checkpoint.save(folder, build_model(config.model).state_dict(), config, {"threshold": 0.5})
     return folder
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from saltray import checkpoint, samples
 from saltray.config import DEBUG
-from tests.runs import scattered_model
+from saltray.model import build_model
 
 Batch = dict[str, np.ndarray]
 
@@ -40,7 +40,7 @@ def test_chooses_one_empty_tile_and_all_degrees_of_salt() -> None:
 def test_a_network_that_takes_the_depth_gets_each_tiles_own(tmp_path: Path) -> None:
     config = DEBUG.model_copy(update={"model": DEBUG.model.model_copy(update={"depth": True})})
     torch.manual_seed(0)
-    model = scattered_model(config.model)
+    model = build_model(config.model)
     checkpoint.save(tmp_path, model.state_dict(), config, {})
     pictures = []
     for depth in (0.0, 0.0, 900.0):
@@ -59,7 +59,7 @@ def test_few_tiles_are_each_shown_once(coverages: list[float]) -> None:
 
 def test_the_picture_shows_tile_truth_and_prediction(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = scattered_model(DEBUG.model).eval()
+    model = build_model(DEBUG.model).eval()
     checkpoint.save(tmp_path, model.state_dict(), DEBUG, {})
     tiles = samples.choose([batch([0.0, 0.2, 0.6])])
     samples.draw(tmp_path, tiles, torch.device("cpu"))
