@@ -1,10 +1,11 @@
-"""A strong network without any pretrained weights: every technique of saltray's that needs none.
+"""A strong network without any pretrained weights: the techniques that need none.
 
     python -m saltray.tune --data DIR --space search_spaces/scratch.py --epochs 100 --time-budget 8h
 
 Made for a GPU: two CPU cores would be busy for more than a day with one trial. Score and time are not yet
-measured; `benchmarks/` will have them, and what each technique is worth. The first trial is a
-guess, from what the contest's published solutions have in common.
+measured. What each technique is worth in a short training is in `benchmarks/results/ablation_scratch.md`: the
+focal loss and the vertical coordinate cost there, and are not drawn; what pays late, such as augmentation,
+is. The first trial is a guess, from what the contest's published solutions have in common.
 """
 
 from typing import Any
@@ -25,7 +26,6 @@ FIRST = {
     "scse": True,
     "hypercolumn": True,
     "deep_supervision": True,
-    "coordinates": False,
     "depth": False,
     "padded_size": 128,
     "padding": "reflect",
@@ -75,7 +75,6 @@ def _model(trial: optuna.Trial) -> dict[str, Any]:
         "scse": trial.suggest_categorical("scse", [False, True]),
         "hypercolumn": trial.suggest_categorical("hypercolumn", [False, True]),
         "deep_supervision": trial.suggest_categorical("deep_supervision", [False, True]),
-        "coordinates": trial.suggest_categorical("coordinates", [False, True]),
         "depth": trial.suggest_categorical("depth", [False, True]),
         "padded_size": trial.suggest_categorical("padded_size", [101, 112, 128]),
     }
@@ -89,7 +88,7 @@ def _model(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def _loss(trial: optuna.Trial) -> dict[str, Any]:
-    loss: dict[str, Any] = {"name": trial.suggest_categorical("first_loss", ["bce", "bce_dice", "focal"])}
+    loss: dict[str, Any] = {"name": trial.suggest_categorical("first_loss", ["bce", "bce_dice"])}
     lovasz = ["lovasz", "lovasz_elu", "lovasz_symmetric", "lovasz_elu_symmetric"]
     second = trial.suggest_categorical("second_loss", ["none", *lovasz])
     if second != "none":
