@@ -175,9 +175,9 @@ def convolution(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
-def enlarge(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Resize feature maps (n, c, h, w) bilinearly to this height and width."""
-    return functional.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+def enlarge(x: Tensor, factor: int) -> Tensor:
+    """Enlarge maps (n, c, h, w) bilinearly by a whole factor."""
+    return functional.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def lay_over(x: Tensor, size: torch.Size) -> Tensor:
@@ -186,9 +186,7 @@ def lay_over(x: Tensor, size: torch.Size) -> Tensor:
     Where halving left an odd row or column out, or added one, the level does not end where the tile ends:
     stretched to the tile's size, its features would lie several pixels beside what they stand for.
     """
-    factor = 2 ** round(math.log2(size[0] / x.shape[2]))
-    x = functional.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    x = x[:, :, : size[0], : size[1]]
+    x = enlarge(x, 2 ** round(math.log2(size[0] / x.shape[2])))[:, :, : size[0], : size[1]]
     missing = (0, size[1] - x.shape[3], 0, size[0] - x.shape[2])
     return functional.pad(x, missing, mode="replicate") if any(missing) else x
 

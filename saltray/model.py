@@ -74,7 +74,7 @@ class Input:
         """Pad and enlarge images (n, 1, h, w), and append what else the network sees."""
         x = pad(images, self.border, self.padding) if self.border else images
         if self.upscale > 1:
-            x = enlarge(x, (x.shape[2] * self.upscale, x.shape[3] * self.upscale))
+            x = enlarge(x, self.upscale)
         channels = [x]
         if self.coordinates:
             rows = torch.linspace(-1, 1, x.shape[2], dtype=x.dtype, device=x.device)
