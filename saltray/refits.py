@@ -21,7 +21,7 @@ from saltray import checkpoint
 from saltray.config import TrialConfig
 from saltray.outoffold import Candidate, Source
 from saltray.space import Space
-from saltray.study import checkpoint_of, name_metrics, score
+from saltray.study import checkpoint_of, checkpoints_of, name_metrics, score
 from saltray.trial import Tiles, WorkerResources, run_trial
 
 REFIT = "refit"
@@ -47,13 +47,13 @@ def beside(study: optuna.Study, name: str) -> optuna.Study:
 
 def config_of(study: optuna.Study, trial: FrozenTrial) -> TrialConfig:
     """Read the configuration that a trial was trained with; raises CheckpointError."""
-    place = checkpoint_of(study, trial)
-    if place is None:
+    places = checkpoints_of(study, trial)
+    if not places:
         raise checkpoint.CheckpointError(
             f"trial {trial.number}: its checkpoint {trial.user_attrs.get('checkpoint')} is gone; refits need "
             "its configuration. Put the run's trials/ back"
         )
-    with Checkpoint(place).as_directory() as folder:
+    with Checkpoint(places[0]).as_directory() as folder:
         return checkpoint.load_config(Path(folder))
 
 

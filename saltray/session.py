@@ -358,10 +358,8 @@ def _tell_end(
     lines["model"] = escape(f"{home}/best")
     if "models" in ensemble:
         lines["ensemble's"] = escape(f"{home}/ensemble")
-    if "lost" in facts:
-        lines["lost"] = f"[yellow]{escape(facts['lost'])}[/]"
-    if "onnx_problem" in facts:
-        lines["without ONNX"] = f"[yellow]{escape(facts['onnx_problem'])}[/]"
+    warnings = {"lost": "lost", "without ONNX": "onnx_problem"}
+    lines |= {name: f"[yellow]{escape(facts[key])}[/]" for name, key in warnings.items() if key in facts}
     lines["report"] = escape(facts["report"])
     lines["logs"] = escape(f"{home}/logs")
     if counts.waiting or ensemble.get("waiting") or ensemble.get("trials_left"):

@@ -9,6 +9,7 @@ A trial taken over from another run carries `adopted`, and counts neither as thi
 
 import sqlite3
 import warnings
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,23 +269,29 @@ def keep_trials_at(study: optuna.Study, place: str) -> None:
 
 def checkpoint_of(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> str | None:
     """Return where a trial's newest checkpoint lies; None where there is none, or no longer."""
-    return _located(study, trial, "checkpoint")
+    return next(iter(_located(trial, study.user_attrs, ["checkpoint"])), None)
 
 
 def checkpoints_of(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> list[str]:
     """Return where a trial's checkpoints lie that are still there, the newest first."""
-    known = (_located(study, trial, name) for name in ("checkpoint", "checkpoint_before"))
-    return [path for path in known if path is not None]
+    return _located(trial, study.user_attrs)
 
 
-def _located(study: optuna.Study, trial: FrozenTrial | optuna.Trial, name: str) -> str | None:
-    path: str | None = trial.user_attrs.get(name)
-    if path is None:
-        return None
-    before, session, below = path.rpartition("/session-")
-    if session:
-        path = f"{study.user_attrs.get('trials', before)}{session}{below}"
-    return path if _is_there(path) else None
+def _located(
+    trial: FrozenTrial | optuna.Trial,
+    facts: dict[str, Any],
+    names: Sequence[str] = ("checkpoint", "checkpoint_before"),
+) -> list[str]:
+    """Return where checkpoints that are still there lie; `facts` are the study's attributes, read once."""
+    found = []
+    for path in (trial.user_attrs.get(name) for name in names):
+        if path is None:
+            continue
+        before, session, below = path.rpartition("/session-")
+        place = f"{facts.get('trials', before)}{session}{below}" if session else path
+        if _is_there(place):
+            found.append(place)
+    return found
 
 
 def _is_there(path: str) -> bool:
@@ -303,8 +310,8 @@ def best_trial(study: optuna.Study) -> FrozenTrial:
 
 def best_trials(study: optuna.Study, most: int) -> list[FrozenTrial]:
     """Return the trials with the best checkpoints, the best first; raises as `best_trial` does."""
-    own = own_trials(study)
-    usable = [t for t in own if t.intermediate_values and checkpoints_of(study, t)]
+    own, facts = own_trials(study), study.user_attrs
+    usable = [t for t in own if t.intermediate_values and _located(t, facts)]
     if not usable:
         lost = [t.user_attrs["checkpoint"] for t in own if "checkpoint" in t.user_attrs]
         if lost:

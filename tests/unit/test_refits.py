@@ -141,3 +141,6 @@ def test_a_configuration_is_read_from_the_trials_checkpoint(tmp_path: Path) -> N
     with pytest.raises(checkpoint.CheckpointError, match="its checkpoint None is gone"):
         refits.config_of(optuna.create_study(), make_trial(TrialState.COMPLETE, [0.5]))
     assert refits.config_of(optuna.create_study(), trial) == DEBUG
+    lost = str(tmp_path / "lost")  # the newest, which is the last that is written
+    trial = make_trial(TrialState.COMPLETE, [0.5], checkpoint=lost, checkpoint_before=str(tmp_path))
+    assert refits.config_of(optuna.create_study(), trial) == DEBUG
