@@ -8,9 +8,7 @@ What is wrong with a single tile is collected, never raised on the way, so that 
 """
 
 import hashlib
-import io
 import re
-import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,9 +24,8 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow.fs
 import ray.data
-from PIL import Image
 
-from saltray import csvfile, rle
+from saltray import csvfile, png, rle
 from saltray.augment import Batch
 from saltray.config import TILE, UserError, counted
 
@@ -38,7 +35,6 @@ TILES_PER_BLOCK = 512
 DEPTHS = "depths.csv"
 
 _LISTED = 50  # bad tiles that a refusal names
-_PNG_LIMIT = 2**20  # bytes; a 101x101 PNG of 16-bit RGB has at most 62 kB
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
 
 Problems = dict[str, str]
@@ -309,7 +305,7 @@ def _reader(filesystem: pyarrow.fs.FileSystem, archive: str | None) -> Iterator[
 
         def read(path: str) -> bytes:
             with filesystem.open_input_stream(path) as file:
-                return bytes(file.read(_PNG_LIMIT + 1))
+                return bytes(file.read(png.LIMIT + 1))
 
         yield read
     else:
@@ -318,7 +314,7 @@ def _reader(filesystem: pyarrow.fs.FileSystem, archive: str | None) -> Iterator[
             def read_member(name: str) -> bytes:
                 try:
                     with opened.open(name) as member:
-                        return member.read(_PNG_LIMIT + 1)
+                        return member.read(png.LIMIT + 1)
                 except (zlib.error, EOFError, RuntimeError) as error:  # damaged, encrypted, unknown method
                     raise ValueError(f"a damaged or encrypted member of the zip: {error}") from None
 
@@ -335,10 +331,10 @@ def _decode_batch(batch: Batch, filesystem: pyarrow.fs.FileSystem, archive: str 
         for i in range(tiles):
             path = str(batch["image"][i])
             try:
-                images[i] = decode_image(read(path))
+                images[i] = png.decode_image(read(path))
                 if "mask" in batch:
                     path = str(batch["mask"][i])
-                    masks[i] = decode_mask(read(path))
+                    masks[i] = png.decode_mask(read(path))
                     if not np.array_equal(masks[i], rle.decode(str(batch["rle"][i]))):
                         raise ValueError("the mask disagrees with its run-length code in train.csv")
             except (ValueError, OSError, zipfile.BadZipFile) as error:
@@ -353,45 +349,3 @@ def _decode_batch(batch: Batch, filesystem: pyarrow.fs.FileSystem, archive: str 
     if "mask" in batch:
         result |= {"mask": masks, "coverage": batch["coverage"].astype(np.float32)}
     return result
-
-
-def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
-    """Decode an image PNG (the contest's are RGB with R=G=B) to uint8 (101, 101).
-
-    Raises:
-        ValueError: the data is no undamaged 101x101 PNG of 8 bits a channel.
-    """
-    image, depth = _open_png(data), data[24]
-    if depth > 8 or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-        raise ValueError(f"PNG of mode {image.mode}, {depth} bits a channel: expected 8-bit grey or RGB")
-    return np.asarray(image.convert("L"), np.uint8)
-
-
-def decode_mask(data: bytes) -> npt.NDArray[np.uint8]:
-    """Decode a mask PNG (16-bit, or 8-bit where empty) to uint8 (101, 101) in {0, 1}; raises likewise."""
-    image = _open_png(data)
-    # Colour, palette and transparency say nothing of salt: their brightness does.
-    pixels = np.asarray(image.convert("L") if image.mode in ("LA", "P", "PA", "RGB", "RGBA") else image)
-    return (pixels > 0).astype(np.uint8)
-
-
-def _open_png(data: bytes) -> Image.Image:
-    if not data:
-        raise ValueError("an empty file (0 bytes)")
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33:
-        raise ValueError("not a PNG image" if len(data) >= 33 else "a truncated file")
-    # The header is read by hand: a huge image is refused before any library makes room for it.
-    width, height = struct.unpack(">II", data[16:24])
-    if (width, height) != (TILE, TILE):
-        raise ValueError(f"{width}x{height} pixels: expected {TILE}x{TILE}")
-    if len(data) > _PNG_LIMIT:
-        raise ValueError(f"more than {_PNG_LIMIT} bytes for {TILE}x{TILE} pixels")
-    try:
-        image = Image.open(io.BytesIO(data), formats=["PNG"])
-        if image.size != (TILE, TILE):
-            raise ValueError("a second header")
-        image.load()
-        Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # load() checks no pixel data's checksum
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"a damaged PNG: {error}") from None
-    return image

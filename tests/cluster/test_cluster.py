@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from saltray import checkpoint, dataset, demo, rle, splitting, study, training
+from saltray import checkpoint, dataset, demo, png, rle, splitting, study, training
 from tests.cluster.hosts import HEAD, PATIENCE, ROOT, SHARED, WORKERS, Hosts, hosts, missing, wait_for
 
 why_not = missing()
@@ -94,8 +94,8 @@ def validation_tiles(data: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor]
     """Read the validation tiles without Ray: images and masks, uint8 (tiles, 101, 101)."""
     rows = dataset.read_train(dataset.open_folder(str(data))).rows
     rows = rows[splitting.stratified_folds(rows["coverage"], 5, seed) == 0]
-    images = [torch.tensor(dataset.decode_image(Path(p).read_bytes())) for p in rows["image"]]
-    masks = [torch.tensor(dataset.decode_mask(Path(p).read_bytes())) for p in rows["mask"]]
+    images = [torch.tensor(png.decode_image(Path(p).read_bytes())) for p in rows["image"]]
+    masks = [torch.tensor(png.decode_mask(Path(p).read_bytes())) for p in rows["mask"]]
     return torch.stack(images), torch.stack(masks)
 
 

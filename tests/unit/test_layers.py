@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "saltray"
 LAYERS = [
     ["config"],
-    ["rle", "csvfile"],
+    ["rle", "csvfile", "png"],
     ["metrics"],
     ["ensemble"],
     ["losses"],
@@ -67,8 +67,8 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 WITHOUT_RAY = [
-    *("config", "rle", "csvfile", "metrics", "losses", "layers", "pretrained", "model", "optim", "augment"),
-    *("ensemble", "checkpoint", "members", "training", "samples"),
+    *("config", "rle", "csvfile", "png", "metrics", "losses", "layers", "pretrained", "model", "optim"),
+    *("augment", "ensemble", "checkpoint", "members", "training", "samples"),
     *("submission", "validation", "study", "cli", "page", "demo", "trial_figures", "tile_figures", "score"),
 ]
 
