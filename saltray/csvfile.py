@@ -1,5 +1,6 @@
 """A CSV file of the contest's, as a table of checked text: one row an id."""
 
+import warnings
 from pathlib import Path
 from typing import IO
 
@@ -18,16 +19,26 @@ def read(source: Path | IO[bytes], name: str, columns: list[str], refusal: type[
         refusal: what to raise.
 
     Raises:
-        UserError: of the kind `refusal`: it is no CSV file, a column is missing, or an id stands twice.
+        UserError: of the kind `refusal`: it is no CSV file, a column is missing or stands twice, or an id does.
     """
     try:
-        table = pd.read_csv(source, dtype=str, keep_default_na=False, skipinitialspace=True)
+        with warnings.catch_warnings():
+            # Of rows with more fields than the header, such as a comma at their end. Without `index_col`,
+            # pandas would take their first field for an index, and each other one for its neighbour.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(
+                source, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False
+            )
+    except pd.errors.ParserWarning:
+        raise refusal(f"{name}: its rows have more fields than its header, or end in a comma") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise refusal(f"{name}: not a CSV file: {error}") from None
     table = table.rename(columns=str.strip)
     for column in columns:
         if column not in table.columns:
             raise refusal(f"{name}: no column '{column}'; it has {', '.join(table.columns)}")
+        if list(table.columns).count(column) > 1:
+            raise refusal(f"{name}: column '{column}' stands twice")
     checked: pd.DataFrame = table[columns].apply(lambda values: values.str.strip(" "))
     twice = checked["id"][checked["id"].duplicated()].unique()
     if len(twice):

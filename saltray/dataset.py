@@ -125,17 +125,21 @@ def read_train(folder: Folder) -> Table:
     return Table(folder, archive, rows[~rows["id"].isin(list(problems))], rows["id"].tolist(), problems)
 
 
-def read_test(folder: Folder) -> Table:
+def read_test(folder: Folder, depth: bool = True) -> Table:
     """Read the unlabelled tiles' table, in the order of `sample_submission.csv`; raises as `read_train`.
 
     Where there is no depths.csv, z is NaN: most networks do not take the depth.
+
+    Args:
+        folder: the contest's.
+        depth: whether it is a problem when a tile has no row in depths.csv.
     """
     rows = _read_csv(folder, "sample_submission.csv", ["id", "rle_mask"]).drop(columns="rle_mask")
     archive, files = _list_files(folder, "test", ["images"])
     problems = _match(rows, files["images"], "sample_submission.csv", "test/images")
     rows = rows.assign(image=rows["id"].map(files["images"]), z=np.float32(np.nan))
     if folder.exists(DEPTHS):
-        rows = _add_depths(folder, rows, problems)
+        rows = _add_depths(folder, rows, problems if depth else {})
     return Table(folder, archive, rows[~rows["id"].isin(list(problems))], rows["id"].tolist(), problems)
 
 
@@ -195,6 +199,12 @@ def refuse(problems: Problems, where: str) -> None:
         raise DataError(
             f"{where}: {counted(len(problems), 'tile')} that a machine of the cluster cannot open, such as "
             f"{min(problems)}: {problems[min(problems)]}. All machines must see that folder: NFS, or s3://"
+        )
+    size = f"expected {TILE}x{TILE}"
+    if len(problems) > _LISTED and all(p.endswith(size) for p in problems.values()):
+        raise DataError(
+            f"{where}: {counted(len(problems), 'tile')} of another size, such as {min(problems)}: "
+            f"{problems[min(problems)]}. Cut or resize all images and masks to {TILE}x{TILE} pixels"
         )
     if problems:
         lines = [f"  {tile}: {problem}\n" for tile, problem in sorted(problems.items())[:_LISTED]]

@@ -42,7 +42,7 @@ def main(
     if any(takes_depth) and not contest.exists(dataset.DEPTHS):
         missing = contest.path(dataset.DEPTHS)
         raise UserError(f"{missing}: no such file; {model} takes the depth of each tile (columns id, z)")
-    table = dataset.read_test(contest)
+    table = dataset.read_test(contest, depth=any(takes_depth))
     with run.quiet(None):
         run.connect(address)
         try:

@@ -30,7 +30,7 @@ class Labeller(Predictor):
 
     def __call__(self, batch: Batch) -> Batch:
         """Map tiles to those that are labelled, in the columns of `folds.COLUMNS`."""
-        mask = label(self.logits(batch))
+        mask = label(self.logits(batch, tta=True))
         use = (mask != IGNORED).mean(axis=(1, 2)) >= LEAST_SURE
         return {
             "row": batch["row"][use] + FIRST_ROW,

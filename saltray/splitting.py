@@ -124,6 +124,8 @@ def find_neighbours(images: npt.NDArray[np.uint8]) -> Ints:
     Returns:
         int64 (pairs, 2), positions of the left or upper tile and of the other.
     """
+    if len(images) < 2:  # of a folder in which no tile can be read, say
+        return np.empty((0, 2), np.int64)
     found = []
     for pixels in (images, images.transpose(0, 2, 1)):
         rows = pixels[:, :, [-1, -2, 0, 1]].astype(np.float32)

@@ -263,6 +263,22 @@ def test_test_tiles_that_do_not_match_are_collected(data: Path) -> None:
     assert table.rows["id"].tolist() == TEST[1:3]
 
 
+def test_depths_that_no_model_takes_are_no_problem(data: Path) -> None:
+    edit(data / "depths.csv", lambda table: table[table["id"] != TEST[1]])
+    put(data / "depths.csv", TEST[3], "z", "deep")
+    table = read_test(open_folder(str(data)), depth=False)
+    assert table.problems == {} and table.rows["id"].tolist() == TEST
+    assert np.isnan(table.rows["z"]).tolist() == [False, True, False, True]
+
+
+def test_tiles_of_another_size_are_told_once() -> None:
+    wrong = {f"t{i:03d}": f"images/t{i:03d}.png: 128x128 pixels: expected 101x101" for i in range(60)}
+    with pytest.raises(DataError, match=r"60 tiles of another size, such as t000: .* to 101x101 pixels$"):
+        refuse(wrong, "train")
+    with pytest.raises(DataError, match="60 bad tiles"):
+        refuse(wrong | {"t000": "broken"}, "train")
+
+
 def test_refuse_accepts_good_tiles_and_counts_one() -> None:
     refuse({}, "train")
     with pytest.raises(DataError, match=r"train: 1 bad tile:\n  a: broken\n.*--skip-bad"):

@@ -98,6 +98,11 @@ def test_neighbours_in_mosaics_are_found_and_nothing_else(monkeypatch: pytest.Mo
     assert {tuple(pair) for pair in pairs.tolist()} == expected
 
 
+@pytest.mark.parametrize("tiles", [0, 1])
+def test_too_few_tiles_have_no_neighbours(tiles: int) -> None:
+    assert find_neighbours(np.zeros((tiles, TILE, TILE), np.uint8)).shape == (0, 2)
+
+
 def test_validation_tiles_beside_training_tiles_are_told() -> None:
     rng = np.random.default_rng(0)
     row, lone = mosaic(rng, 1, 5), np.stack([demo.tile(rng)[0] for _ in range(6)])

@@ -79,6 +79,8 @@ def test_spaces_around_names_and_values_do_no_harm(tmp_path: Path) -> None:
         ("\n\n", "not a CSV file"),
         (HEADER + "a,1 1\nb,1 1,2 1\n", "not a CSV file"),
         (HEADER + 'a,"1 1\n', "not a CSV file"),
+        (HEADER + "a,1 1,\nb,1 1,\n", "its rows have more fields than its header, or end in a comma"),
+        ("id,rle_mask,id \na,1 1,b\n", "column 'id' stands twice"),
         ("id,mask\na,1 1\n", "no column 'rle_mask'; it has id, mask"),
         ("name,rle_mask\na,1 1\n", "no column 'id'; it has name, rle_mask"),
         (HEADER + "a,1 1\nb,\na,\n", "these ids stand twice: a"),
