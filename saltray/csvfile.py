@@ -19,7 +19,7 @@ def read(source: Path | IO[bytes], name: str, columns: list[str], refusal: type[
         refusal: what to raise.
 
     Raises:
-        UserError: of the kind `refusal`: it is no CSV file, a column is missing or stands twice, or an id does.
+        UserError: of the kind `refusal`: no CSV file, a column missing or there twice, an id there twice.
     """
     try:
         with warnings.catch_warnings():

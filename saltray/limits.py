@@ -1,5 +1,6 @@
 """The budgets of a search: time, GPU-hours, and how long it may go on without a gain."""
 
+import math
 import time
 from typing import Any
 
@@ -7,8 +8,12 @@ import optuna
 from optuna.trial import TrialState
 from ray import tune
 
-from saltray.config import SearchConfig
+from saltray.config import SearchConfig, UserError
 from saltray.study import REFITS, epochs_of, own_trials, score
+
+SETTLING, LONGEST_SETTLING = 1.0, 10.0
+"""Seconds without a result before trials are cut off, and for how long that is waited: a checkpoint that Tune
+has not taken over by then is dropped, and the study would name a score whose weights are lost."""
 
 
 class Limits(tune.Stopper):
@@ -19,8 +24,11 @@ class Limits(tune.Stopper):
         self._study, self._config = study, config
         self._started = time.monotonic()
         self._elsewhere = 0.0 if config.gpu_hours is None else _gpu_hours_elsewhere(study)
+        self._heard = self._over_since = -math.inf
         self.reached = ""
         """Which limit ended the search; empty where none did."""
+        self.problem: UserError | None = None
+        """Why no trial can go on. Tune would turn an error that a callback raises into one of its own."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the study out of Tune's own snapshot of the search, which is never restored."""
@@ -30,26 +38,39 @@ class Limits(tune.Stopper):
         """Leave single trials to the scheduler."""
         return False
 
+    def hear(self) -> None:
+        """Take note that a result has come."""
+        self._heard = time.monotonic()
+
     def stop_all(self) -> bool:
         """Say whether the running trials are to be cut off; they wait in the study for a resumed search."""
-        seconds, hours = self._config.time_budget, self._config.gpu_hours
-        if seconds is not None and time.monotonic() - self._started >= seconds:
-            self.reached = "the time budget is used up"
+        if self.problem is not None:
+            return True
+        now, seconds, hours = time.monotonic(), self._config.time_budget, self._config.gpu_hours
+        if seconds is not None and now - self._started >= seconds:
+            reached = "the time budget is used up"
         elif hours is not None and self._elsewhere + gpu_hours(self._study) >= hours:
-            self.reached = f"the {hours:g} GPU-hours are used up"
+            reached = f"the {hours:g} GPU-hours are used up"
         else:
             return False
+        if self._over_since == -math.inf:
+            self._over_since = now
+        if now - self._heard < SETTLING and now - self._over_since < LONGEST_SETTLING:
+            return False
+        self.reached = reached
         return True
 
     def no_more(self) -> bool:
-        """Say whether no new trial is to be begun."""
+        """Say whether no new trial is to be begun; one that still runs may bring a better score."""
         patience = self._config.patience
-        if patience is None or ended_without_gain(self._study) < patience:
-            return False
-        if self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            return False  # trials that were cut off, or that a user asked for
-        self.reached = f"no better score in the last {patience} trials"
-        return True
+        over = (
+            patience is not None
+            and ended_without_gain(self._study) >= patience
+            # Trials that were cut off, or that a user asked for.
+            and not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        )
+        self.reached = f"no better score in the last {patience} trials" if over else ""
+        return over
 
 
 def _gpu_hours_elsewhere(study: optuna.Study) -> float:

@@ -251,6 +251,9 @@ SETTINGS = {
     "RAY_idle_worker_killing_time_threshold_ms": "300000",
     # Each trial is a thread, to which glibc gives a heap of its own: a process keeps what ended trials left.
     "MALLOC_ARENA_MAX": "2",
+    # A stopped trial ends its data streams before its process takes the next trial. Where that takes longer,
+    # Ray Tune fails the next one and tells nobody: a slot is lost, and the search waits for it for ever.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
     # Ray Train fetches the results of several workers every two seconds: shorter epochs would wait for it.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }

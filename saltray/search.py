@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
@@ -94,8 +94,10 @@ class StudySearch(Searcher):
         """Stay one: Tune copies what it is configured with."""
         return self
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
+    def suggest(self, trial_id: str) -> Any:
         """Ask for the next trial's spec (`saltray.trial.run_trial`).
+
+        Where patience is at its end: None while others run, then Ray's own word for the end.
 
         A draw that the space fails at is told as a failed trial, and the next is asked.
 
@@ -103,7 +105,9 @@ class StudySearch(Searcher):
             SearchError: the space failed at `BAD_DRAWS` draws in a row.
         """
         if self._limits is not None and self._limits.no_more():
-            return cast(dict[str, Any], Searcher.FINISHED)
+            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            # FINISHED is final: a trial that runs may still set a new best, and the search goes on.
+            return None if running else Searcher.FINISHED
         config = self._config
         for _ in range(BAD_DRAWS):
             number = len(self.study.get_trials(deepcopy=False))
@@ -123,6 +127,8 @@ class StudySearch(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record an epoch."""
+        if self._limits is not None:
+            self._limits.hear()
         if "diverged" in result or trial_id in self._completed:
             return  # a trial may report once more while it is being stopped
         trial, rows = self._trials[trial_id], self._epochs[trial_id]
@@ -219,9 +225,9 @@ class Recorder(tune.Callback):
     Of an ended trial it keeps on disk what the study names, without the state to train on from.
     """
 
-    def __init__(self, search: StudySearch) -> None:
-        """Keep the search."""
-        self._search = search
+    def __init__(self, search: StudySearch, limits: Limits) -> None:
+        """Keep the search, and what ends it."""
+        self._search, self._limits = search, limits
         self._crashes = 0
 
     def on_trial_result(
@@ -239,20 +245,21 @@ class Recorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record an error that outlasted the retries: its traceback's last line.
 
-        Raises:
-            SearchError: the disk is full, or one trial after the other crashes. The trial waits for the next
-                session, and no other has to fail.
+        Where the disk is full, or one trial after the other crashes, the search ends: the trial waits for the
+        next session, and no other has to fail.
         """
         self._crashes += 1
         lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
         reason = lines[-1] if lines else "its process died"
         if any(os.strerror(errno.ENOSPC) in line for line in lines):
-            raise SearchError(f"{lines[-1]}. {DISK_FULL}")
-        if self._crashes >= CRASHES:
-            raise SearchError(
+            self._limits.problem = SearchError(f"{lines[-1]}. {DISK_FULL}")
+        elif self._crashes >= CRASHES:
+            self._limits.problem = SearchError(
                 f"{self._crashes} trials in a row crashed without an epoch, the last of: {reason}. "
                 "Mend it, then go on with the run: --resume"
             )
+        if self._limits.problem is not None:
+            return
         self._search.record_failure(trial.trial_id, reason, crashed=True)
         self._trim(trial)
 
@@ -304,6 +311,9 @@ def run_search(
 
     Returns:
         Which limit ended the search; empty where all trials came to an end.
+
+    Raises:
+        SearchError: the space fails at draw after draw, the disk is full, or trial after trial crashes.
     """
     keep_trials_at(study, trials_at)
     requeue(study)
@@ -336,7 +346,8 @@ def run_search(
             scheduler=make_scheduler(config.scheduler, config.epochs, study.get_trials(deepcopy=False)),
             num_samples=left,
             max_concurrent_trials=chosen.concurrency,
-            reuse_actors=True,
+            # The thread of several workers' trial waits for them, and cannot be ended for the next trial.
+            reuse_actors=resources.workers == 1,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -346,7 +357,7 @@ def run_search(
             stop=limits,
             verbose=0,
             log_to_file=True,
-            callbacks=[Recorder(searcher), *callbacks],
+            callbacks=[Recorder(searcher, limits), *callbacks],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
             # Two: the study may still name the one before the newest, and the newest may be damaged.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
@@ -356,6 +367,8 @@ def run_search(
         tuner.fit()
     finally:
         requeue(study)
+    if limits.problem is not None:
+        raise limits.problem
     return limits.reached
 
 

@@ -10,6 +10,7 @@ import pytest
 import ray
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from saltray import bundle, checkpoint, dataset, demo, search, splitting, stream, tracking
@@ -242,6 +243,25 @@ def test_elastic_workers_are_as_many_as_there_is_room_for(tiles: Tiles, tmp_path
     assert count(study).complete == 1
     assert [row["workers"] for row in epochs_of(study.trials[0])] == [2, 2]
     assert wait_for(lambda: not leaked_groups(), 30)
+
+
+class StopsAll(FIFOScheduler):
+    """Stops every trial early, at its second epoch."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return self.STOP if result["epoch"] == 2 else self.CONTINUE
+
+
+def test_two_workers_stopped_early_make_room_for_the_next(
+    tiles: Tiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = Tiles.share(*tiles.shares[1][0], 2)
+    chosen = Plan(1, WorkerResources(2, 1, 0))
+    monkeypatch.setattr(search, "make_scheduler", lambda *_: StopsAll())
+    # The budget only ends a search that hangs.
+    study = run_search(tmp_path, two, chosen, trials=2, epochs=1000, time_budget=240)
+    assert count(study) == Counts(0, 2, 0, 0)
+    assert wait_for(lambda: not leaked_groups(), 60)
 
 
 def test_two_workers_cut_off_leak_no_placement_group(tiles: Tiles, tmp_path: Path) -> None:

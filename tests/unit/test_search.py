@@ -1,3 +1,4 @@
+import re
 import time
 import warnings
 from pathlib import Path
@@ -244,7 +245,7 @@ def test_patience_begins_no_new_trial(folder: Path) -> None:
         assert isinstance(searcher.suggest(name), dict)
         searcher.on_trial_complete(name, result(3, value, finished=name == "a"))
     # The third equalled the best, the fourth is worse: two without a gain.
-    asked: Any = searcher.suggest("e")
+    asked = searcher.suggest("e")
     assert asked == Searcher.FINISHED
     assert len(searcher.study.trials) == 4
 
@@ -256,7 +257,12 @@ def test_patience_still_runs_what_waits(folder: Path) -> None:
         searcher.on_trial_complete(name, result(3, value))
     searcher.study.enqueue_trial({})  # as one that was cut off does
     assert isinstance(searcher.suggest("c"), dict)
-    asked: Any = searcher.suggest("d")
+    # It still runs, and may bring a better score: the search then goes on.
+    assert searcher.suggest("d") is None
+    searcher.on_trial_complete("c", result(3, 0.9))
+    assert isinstance(searcher.suggest("d"), dict)
+    searcher.on_trial_complete("d", result(3, 0.2))
+    asked = searcher.suggest("e")
     assert asked == Searcher.FINISHED
 
 
@@ -275,7 +281,8 @@ def test_gpu_hours_are_counted_by_what_each_session_had(folder: Path) -> None:
 
 def test_one_crash_after_the_other_ends_the_search(folder: Path) -> None:
     searcher = open_search(folder)
-    recorder = search.Recorder(searcher)
+    limits = Limits(searcher.study, SearchConfig())
+    recorder = search.Recorder(searcher, limits)
 
     def crash(name: str) -> None:
         spec = searcher.suggest(name)
@@ -287,10 +294,35 @@ def test_one_crash_after_the_other_ends_the_search(folder: Path) -> None:
     recorder.on_trial_result(0, [], None, {})  # another one gets on
     for i in range(search.CRASHES - 1):
         crash(f"b{i}")
-    with pytest.raises(search.SearchError, match=r"5 trials in a row crashed.*its process died.*--resume"):
-        crash("c")
+    assert not limits.stop_all()
+    crash("c")
+    assert limits.stop_all()
+    said = r"5 trials in a row crashed.*its process died.*--resume"
+    assert isinstance(limits.problem, search.SearchError) and re.search(said, str(limits.problem))
     assert count(searcher.study).failed == 2 * (search.CRASHES - 1)
     assert count(searcher.study).waiting == 1
+
+
+def test_trials_are_cut_off_once_their_results_have_settled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searcher = open_search(folder, time_budget=100)
+    limits, now = searcher._limits, time.monotonic()
+    assert limits is not None
+
+    def at(seconds: float) -> None:
+        monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
+
+    searcher.suggest("a")
+    at(101)
+    searcher.on_trial_result("a", result(1, 0.1))
+    assert not limits.stop_all(), "its checkpoint is not yet taken over"
+    at(102.5)
+    assert limits.stop_all()
+    for later in (103, 105, 107, 109, 111):
+        at(later)
+        searcher.on_trial_result("a", result(later, 0.1))
+    assert limits.stop_all(), "trials that report without a pause are not waited for longer than ten seconds"
 
 
 def test_limits_cut_off_and_say_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
