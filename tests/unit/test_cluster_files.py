@@ -1,17 +1,22 @@
-"""The cluster files, checked offline: by Ray, by botocore's model of EC2, and by lints of our own."""
+"""The cluster files, checked offline: by Ray, by botocore's and moto's EC2, and by lints of our own."""
 
 import copy
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import botocore.session
 import botocore.validate
 import jsonschema
+import moto
 import pytest
 import yaml
+from ray.autoscaler._private.aws import config as aws
+from ray.autoscaler._private.aws.utils import client_cache, resource_cache
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from saltray import run
@@ -89,6 +94,8 @@ def aws_problems(config: Config) -> list[str]:
             found.append(f"{name}: {report.generate_report()}")
         if node.get("InstanceType") not in shape.members["InstanceType"].enum:
             found.append(f"{name}: no instance type {node.get('InstanceType')}")
+        if not node.get("SecurityGroupIds"):
+            found.append(f"{name}: no security group: Ray's own is open to everyone")
     return found
 
 
@@ -177,9 +184,9 @@ def test_the_lints_find(config: Config, message: str) -> None:
 
 def test_open_ports_and_misspelt_machines_are_found() -> None:
     config = load("config.yaml")
-    config["provider"]["security_group"]["IpPermissions"][0]["IpRanges"] = [{"CidrIp": "0.0.0.0/0"}]
-    assert any("open to everyone" in problem for problem in problems(config))
     node = config["available_node_types"]["gpu"]["node_config"]
+    del node["SecurityGroupIds"]
+    assert any("open to everyone" in problem for problem in aws_problems(config))
     node["InstanceTyp"] = node.pop("InstanceType")
     assert any('Unknown parameter in input: "InstanceTyp"' in problem for problem in aws_problems(config))
     del node["InstanceTyp"]
@@ -187,9 +194,73 @@ def test_open_ports_and_misspelt_machines_are_found() -> None:
     assert any("no instance type g6.xlrage" in problem for problem in aws_problems(config))
 
 
-def test_only_port_22_is_open_and_not_to_all() -> None:
-    rules = load("config.yaml")["provider"]["security_group"]["IpPermissions"]
-    assert [(r["FromPort"], r["ToPort"]) for r in rules] == [(22, 22)]
+@pytest.fixture
+def ec2() -> Iterator[Any]:
+    """A simulated EC2, with the VPC and the subnets that an account begins with."""
+    with moto.mock_aws():
+        yield boto3.client("ec2", load("config.yaml")["provider"]["region"])
+    for cache in (client_cache, resource_cache, aws._get_subnets_or_die):
+        cache.cache_clear()  # Ray's, of this simulation
+
+
+def make_group(ec2: Any) -> str:
+    """Make the security group by the commands in the file's header; return its id."""
+    lines = re.findall(r"aws ec2 (\S+) (--[^)\n]*)", (CLUSTER / "config.yaml").read_text())
+    made, *rules = [(name, dict(zip(*[iter(shlex.split(rest))] * 2, strict=True))) for name, rest in lines]
+    assert made[0] == "create-security-group"
+    group = ec2.create_security_group(GroupName=made[1]["--group-name"], Description=made[1]["--description"])
+    values = {"$group": group["GroupId"], "YOUR.ADDRESS/32": "192.0.2.1/32"}
+    for name, given in rules:
+        rule = {option.removeprefix("--"): values.get(value, value) for option, value in given.items()}
+        assert name == "authorize-security-group-ingress" and rule.pop("group-id") == group["GroupId"]
+        permission: Config = {"IpProtocol": "-1" if rule["protocol"] == "all" else rule["protocol"]}
+        if "port" in rule:
+            permission |= {"FromPort": int(rule["port"]), "ToPort": int(rule["port"])}
+        if "cidr" in rule:
+            permission["IpRanges"] = [{"CidrIp": rule["cidr"]}]
+        if "source-group" in rule:
+            permission["UserIdGroupPairs"] = [{"GroupId": rule["source-group"]}]
+        ec2.authorize_security_group_ingress(GroupId=group["GroupId"], IpPermissions=[permission])
+    return str(group["GroupId"])
+
+
+def configured(group: str | None) -> Config:
+    """The file with this security group (None: with none), as `ray up` completes it in the account."""
+    config = load("config.yaml")
+    for kind in config["available_node_types"].values():
+        kind["node_config"].pop("SecurityGroupIds")
+        if group is not None:
+            kind["node_config"]["SecurityGroupIds"] = [group]
+    return dict(aws._configure_security_group(aws._configure_subnet(config)))
+
+
+def opened(ec2: Any, group: str) -> list[tuple[Any, ...]]:
+    """Who may reach which ports of a security group's machines."""
+    rules = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"][0]["IpPermissions"]
+    return [
+        (rule["IpProtocol"], rule.get("FromPort"), rule.get("ToPort"), who)
+        for rule in rules
+        for who in [r["CidrIp"] for r in rule["IpRanges"]] + [g["GroupId"] for g in rule["UserIdGroupPairs"]]
+    ]
+
+
+def test_with_the_headers_security_group_only_one_address_reaches_port_22(ec2: Any) -> None:
+    group = make_group(ec2)
+    for kind in configured(group)["available_node_types"].values():
+        assert kind["node_config"]["SecurityGroupIds"] == [group]
+    assert sorted(opened(ec2, group)) == sorted(
+        [("-1", None, None, group), ("tcp", 22, 22, "192.0.2.1/32")], key=str
+    )
+
+
+def test_without_it_ray_would_open_port_22_to_everyone_and_one_that_is_not_there_is_refused(
+    ec2: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = configured(None)["available_node_types"]["head"]["node_config"]
+    assert ("tcp", 22, 22, "0.0.0.0/0") in opened(ec2, head["SecurityGroupIds"][0])
+    with pytest.raises(AssertionError):
+        configured("sg-00000000000000000")
+    assert "Failed to detect a security group" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["aws-head-policy.json", "aws-worker-policy.json"])
