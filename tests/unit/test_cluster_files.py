@@ -275,6 +275,17 @@ def test_a_role_reaches_one_prefix_of_one_bucket(name: str) -> None:
             assert all(action.startswith("ec2:Describe") for action in actions)
 
 
+def test_the_head_on_google_cloud_may_give_the_workers_their_account() -> None:
+    header = (CLUSTER / "gcp.yaml").read_text().partition("\ncluster_name:")[0]
+    command = re.findall(
+        r"add-iam-policy-binding (\S+) .*?serviceAccount:(\S+) --role (\S+)", header, re.DOTALL
+    )
+    kinds = load("gcp.yaml")["available_node_types"]
+    accounts = {name: kind["node_config"]["serviceAccounts"][0]["email"] for name, kind in kinds.items()}
+    assert accounts["gpu"] == accounts["data"]
+    assert command == [(accounts["gpu"], accounts["head"], "roles/iam.serviceAccountUser")]
+
+
 def strict(required: list[str], **properties: Any) -> dict[str, Any]:
     """A schema of an object with these properties and no other."""
     return {
