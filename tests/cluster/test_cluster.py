@@ -81,6 +81,17 @@ def test_two_hosts_train_one_trial_and_agree_with_one_process(cluster: Hosts) ->
     assert workers_hosts(cluster) >= 2
 
 
+def test_a_search_that_is_stopped_still_writes_its_model_and_submission(cluster: Hosts) -> None:
+    run = cluster.shared / "stopped"
+    job = cluster.submit(f"{TILES} --trials 4 --epochs 500 --scheduler none --out {SHARED}/stopped")
+    assert wait_for(lambda: [*run.glob("trials/*/*/checkpoint_*")], PATIENCE), cluster.logs(job)
+    cluster.on("lap", f"RAY_AUTH_MODE=token ray job stop --address http://127.0.0.1:8265 {job}")
+    assert cluster.status(job) == "STOPPED"
+    assert len(pd.read_csv(run / "submission.csv")) == 12 and (run / "report.html").is_file()
+    checkpoint.load_model(run / "best")
+    assert "cut off" in cluster.logs(job)
+
+
 def workers_hosts(cluster: Hosts) -> int:
     """Count the hosts on which a worker of several has run, by Ray's own logs there."""
     there = 0

@@ -18,6 +18,7 @@ import yaml
 from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.aws.utils import client_cache, resource_cache
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
 from saltray import run
 
@@ -425,3 +426,15 @@ def test_rays_settings_are_the_same_on_all_machines(name: str) -> None:
         assert "RAY_grpc_client_keepalive_timeout_ms=10000" in start
         for variable, value in run.SETTINGS.items():
             assert f"{variable}={value}" in start
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_ray_job_stop_ends_a_search_like_ctrl_c(name: str) -> None:
+    config = load(name)
+    if name == "kuberay.yaml":
+        (head,) = config["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+        start = " ".join(f"{entry['name']}={entry['value']}" for entry in head["env"])
+    else:
+        start = " ".join(config["head_start_ray_commands"])
+    assert "RAY_JOB_STOP_SIGNAL=SIGINT" in start and "SIGINT" in JobSupervisor.VALID_STOP_SIGNALS
+    assert int(re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", start)[0]) >= 600
