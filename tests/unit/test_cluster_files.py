@@ -4,6 +4,8 @@ import copy
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.aws.utils import client_cache, resource_cache
+from ray.autoscaler._private.command_runner import SSHCommandRunner
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
@@ -159,6 +162,23 @@ def broken(name: str, **changes: Any) -> Config:
         else:
             inner[last] = value
     return config
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync")
+@pytest.mark.parametrize("name", RAY_UP)
+def test_ray_up_carries_the_code_and_neither_tiles_nor_keys(name: str, tmp_path: Path) -> None:
+    code = ["saltray/tune.py", "search_spaces/unet.py", "constraints.txt", "pyproject.toml", "README.md"]
+    private = ["data/train.csv", "tgs/train/images/1.png", "train.zip", "a/test.zip", "kaggle.json", ".env"]
+    for file in [*code, *private, "runs/mine/study.db", ".venv/bin/python", ".git/config"]:
+        (tmp_path / "from" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / file).touch()
+    shutil.copy(ROOT / ".gitignore", tmp_path / "from")
+    config = load(name)
+    options = SSHCommandRunner._create_rsync_filter_args(None, config)
+    command = ["rsync", "-a", *options, f"{tmp_path}/from/", f"{tmp_path}/to/"]
+    subprocess.run(command, check=True, timeout=60)
+    carried = {str(p.relative_to(tmp_path / "to")) for p in (tmp_path / "to").rglob("*") if p.is_file()}
+    assert carried == {*code, ".gitignore"}
 
 
 START = ["ray stop", "ray start --head --dashboard-host=0.0.0.0"]
