@@ -2,8 +2,8 @@
 
     python -m saltray.tune --data DIR --space search_spaces/unet.py --trials 30 --epochs 50
 
-The first trial is the baseline. The command is for a GPU; its score is not measured. Four trials of twelve
-epochs reached a validation mAP of 0.623 in 67 minutes of two cores of an AMD EPYC
+The first trial is the baseline. The command is for a GPU; its score is not measured. Four trials of up to
+twelve epochs reached a validation mAP of 0.623 in 67 minutes of two cores of an AMD EPYC
 (`benchmarks/results/search_unet_cpu.json`).
 """
 
