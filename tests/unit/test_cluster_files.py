@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import botocore.session
 import botocore.validate
 import jsonschema
@@ -174,7 +173,8 @@ def test_ray_up_carries_the_code_and_neither_tiles_nor_keys(name: str, tmp_path:
         (tmp_path / "from" / file).touch()
     shutil.copy(ROOT / ".gitignore", tmp_path / "from")
     config = load(name)
-    options = SSHCommandRunner._create_rsync_filter_args(None, config)
+    runner: Any = SSHCommandRunner
+    options = runner._create_rsync_filter_args(None, config)
     command = ["rsync", "-a", *options, f"{tmp_path}/from/", f"{tmp_path}/to/"]
     subprocess.run(command, check=True, timeout=60)
     carried = {str(p.relative_to(tmp_path / "to")) for p in (tmp_path / "to").rglob("*") if p.is_file()}
@@ -219,7 +219,8 @@ def test_open_ports_and_misspelt_machines_are_found() -> None:
 def ec2() -> Iterator[Any]:
     """A simulated EC2, with the VPC and the subnets that an account begins with."""
     with moto.mock_aws():
-        yield boto3.client("ec2", load("config.yaml")["provider"]["region"])
+        region = load("config.yaml")["provider"]["region"]
+        yield botocore.session.get_session().create_client("ec2", region)
     for cache in (client_cache, resource_cache, aws._get_subnets_or_die):
         cache.cache_clear()  # Ray's, of this simulation
 
@@ -232,7 +233,7 @@ def make_group(ec2: Any) -> str:
     group = ec2.create_security_group(GroupName=made[1]["--group-name"], Description=made[1]["--description"])
     values = {"$group": group["GroupId"], "YOUR.ADDRESS/32": "192.0.2.1/32"}
     for name, given in rules:
-        rule = {option.removeprefix("--"): values.get(value, value) for option, value in given.items()}
+        rule = {option.removeprefix("--"): str(values.get(value, value)) for option, value in given.items()}
         assert name == "authorize-security-group-ingress" and rule.pop("group-id") == group["GroupId"]
         permission: Config = {"IpProtocol": "-1" if rule["protocol"] == "all" else rule["protocol"]}
         if "port" in rule:
@@ -252,7 +253,8 @@ def configured(group: str | None) -> Config:
         kind["node_config"].pop("SecurityGroupIds")
         if group is not None:
             kind["node_config"]["SecurityGroupIds"] = [group]
-    return dict(aws._configure_security_group(aws._configure_subnet(config)))
+    ray: Any = aws
+    return dict(ray._configure_security_group(ray._configure_subnet(config)))
 
 
 def opened(ec2: Any, group: str) -> list[tuple[Any, ...]]:
