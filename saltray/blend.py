@@ -97,7 +97,8 @@ def run_all(job: Job) -> dict[str, Any]:
     chosen = _choose(job, parts, candidates)
     facts: dict[str, Any] = {}
     if settings.pseudo_labels and not left["waiting"] and is_over(job):
-        chosen, facts, left["waiting"] = _relabel(job, parts, chosen)
+        chosen, facts, again = _relabel(job, parts, chosen)
+        left = {"waiting": again["waiting"], "failed": left["failed"] + again["failed"]}
     with job.console.status("predicting with the ensemble"), run.quiet(folder / "logs" / "predict.log"):
         return {**_publish(job, chosen, facts), **left}
 
@@ -113,7 +114,9 @@ def _kept(job: Job) -> list[Candidate]:
     """Return the best trials' kept weights and snapshots as candidates."""
     found = []
     for trial in best_trials(job.study, job.size):
-        place, name = checkpoints_of(job.study, trial)[0], f"trial {trial.number}"
+        place, name = outoffold.readable(checkpoints_of(job.study, trial)), f"trial {trial.number}"
+        if place is None:
+            continue
         found.append(Candidate(trial.number, name, (Source(place),)))
         for snapshot in range(outoffold.count_snapshots(place)):
             source = Source(place, snapshot)
@@ -198,48 +201,53 @@ def _choose(job: Job, parts: Sequence[ray.data.Dataset], candidates: list[Candid
 
 def _relabel(
     job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen
-) -> tuple[Chosen, dict[str, Any], int]:
+) -> tuple[Chosen, dict[str, Any], dict[str, int]]:
     """Train the members once more, all that any fold's choice has, on pseudo-labelled test tiles too.
 
     The labels for fold k are those of models that never saw it, weighted as the other folds chose: nothing of
     fold k is in what its models learn.
 
     Returns:
-        The better of both ensembles, what is told of it, and how many refits wait.
+        The better of both ensembles, what is told of it, and how many refits are `waiting` and how many
+        `failed`.
     """
     study = _pseudo_refits(job, parts, chosen)
     facts = {"tiles": study.user_attrs["tiles"], "without": chosen.selection.cross_fitted, "used": False}
-    waiting = count(study).waiting
+    left = {"waiting": count(study).waiting, "failed": refits.failed(study)}
     candidates = refits.candidates(study, job.study, len(parts), job.size)
-    if waiting or not candidates:
-        return chosen, {"pseudo_labels": facts | {"finished": not waiting}}, waiting
+    if left["waiting"] or not candidates:
+        return chosen, {"pseudo_labels": facts | {"finished": not left["waiting"]}}, left
     again = _choose(job, parts, candidates)
     used = again.selection.cross_fitted > chosen.selection.cross_fitted
     facts |= {"with": again.selection.cross_fitted, "used": used, "finished": True}
     facts["not_taken"] = describe(job, chosen if used else again)["candidates"]
-    return again if used else chosen, {"pseudo_labels": facts}, 0
+    return again if used else chosen, {"pseudo_labels": facts}, left
 
 
 def _pseudo_refits(job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen) -> optuna.Study:
     """Label the test tiles and do the members' refits with them; return the study of these."""
-    candidates, selection = chosen
-    chosen_by = [selection.picks, *selection.picks_by_fold]
-    members = [c.trial for c, *times in zip(candidates, *chosen_by, strict=True) if any(times)]
-    # These refits are of these labels alone: labels by other models make another study.
-    labellers = [
-        [(c.trial, times) for c, times in zip(candidates, picks, strict=True) if times]
-        for picks in selection.picks_by_fold
-    ]
-    digest = hashlib.sha256(json.dumps([labellers, members]).encode()).hexdigest()[:8]
+    candidates = chosen.candidates
+    # Labels by other models make another study: by the refits that they are, wherever these lie now.
+    models = [[c.trial, *("/".join(source.path.split("/")[-3:]) for source in c.sources)] for c in candidates]
+    digest = hashlib.sha256(json.dumps(models).encode()).hexdigest()[:8]
     name = f"{REFITS}{len(parts)}-pseudo-{digest}"
     study = _beside(job, name)
-    if "tiles" in study.user_attrs and not count(study).waiting:
+    if "picks" not in study.user_attrs:
+        study.set_user_attr("picks", [chosen.selection.picks, *chosen.selection.picks_by_fold])
+    # As they were when it began: chosen anew on another machine, a rounding may tip one.
+    chosen_by: list[list[int]] = study.user_attrs["picks"]
+    members = [c.trial for c, *times in zip(candidates, *chosen_by, strict=True) if any(times)]
+    known = study.user_attrs.get("tiles")
+    if known and not count(study).waiting and not (any(known) and refits.missing(study, members, len(parts))):
         return study
     log = job.mirror.home.folder / "logs" / "refits.log"
     with job.console.status("labelling the test tiles"), run.quiet(log):
         others = [folds.others(parts, fold) for fold in range(len(parts))]
         # No more than were labelled by hand: the contest's 18,000 test tiles would outvote those.
-        labelled = [label_for(k, job.data.test, chosen, tiles.count()) for k, tiles in enumerate(others)]
+        labelled = [
+            label_for(fold, job.data.test, candidates, picks, tiles.count())
+            for fold, (tiles, picks) in enumerate(zip(others, chosen_by[1:], strict=True))
+        ]
         training = [folds.join([*pair]) for pair in zip(others, labelled, strict=True)]
         counts = [tiles.count() for tiles in labelled]
     job.console.print(f"Pseudo-labelled test tiles, by fold: {', '.join(map(str, counts))}.")
@@ -251,12 +259,21 @@ def _pseudo_refits(job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen) 
     return study
 
 
-def label_for(fold: int, test: ray.data.Dataset, chosen: Chosen, most: int) -> ray.data.Dataset:
-    """Label test tiles for a fold's training, by models and weights that know nothing of the fold."""
-    picks = chosen.selection.picks_by_fold[fold]
+def label_for(
+    fold: int, test: ray.data.Dataset, candidates: Sequence[Candidate], picks: Sequence[int], most: int
+) -> ray.data.Dataset:
+    """Label test tiles for a fold's training, by models that never saw it.
+
+    Args:
+        fold: whose training it is.
+        test: decoded tiles.
+        candidates: with a model for each fold.
+        picks: how often each was taken by a choice that knows nothing of the fold.
+        most: tiles to return.
+    """
     models = [
         outoffold.load(candidate.sources[fold], times / sum(picks))
-        for candidate, times in zip(chosen.candidates, picks, strict=True)
+        for candidate, times in zip(candidates, picks, strict=True)
         if times
     ]
     return pseudo.label_tiles(test, models, most)

@@ -1,6 +1,7 @@
 """What models predict for labelled tiles that they never saw, on a pool of Ray Data actors."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -47,6 +48,18 @@ def load(source: Source, share: float = 1.0) -> Model:
         else:
             weights = checkpoint.load_snapshots(folder)[source.snapshot]
         return Model(checkpoint.load_config(folder).to_dict(), weights, share)
+
+
+def readable(places: Iterable[str]) -> str | None:
+    """Return the first checkpoint whose model can be read: a machine that died may have left half of one."""
+    for place in places:
+        try:
+            load(Source(place))
+        except (checkpoint.CheckpointError, OSError) as error:
+            print(f"left out: {place}: {error}", file=sys.stderr)
+        else:
+            return place
+    return None
 
 
 def count_snapshots(path: str) -> int:

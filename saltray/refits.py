@@ -19,9 +19,9 @@ from ray.train import Checkpoint
 
 from saltray import checkpoint
 from saltray.config import TrialConfig
-from saltray.outoffold import Candidate, Source
+from saltray.outoffold import Candidate, Source, readable
 from saltray.space import Space
-from saltray.study import checkpoint_of, checkpoints_of, name_metrics, score
+from saltray.study import checkpoints_of, name_metrics, score
 from saltray.trial import Tiles, WorkerResources, run_trial
 
 REFIT = "refit"
@@ -47,13 +47,13 @@ def beside(study: optuna.Study, name: str) -> optuna.Study:
 
 def config_of(study: optuna.Study, trial: FrozenTrial) -> TrialConfig:
     """Read the configuration that a trial was trained with; raises CheckpointError."""
-    places = checkpoints_of(study, trial)
-    if not places:
+    place = readable(checkpoints_of(study, trial))
+    if place is None:
         raise checkpoint.CheckpointError(
-            f"trial {trial.number}: its checkpoint {trial.user_attrs.get('checkpoint')} is gone; refits need "
-            "its configuration. Put the run's trials/ back"
+            f"trial {trial.number}: its checkpoint {trial.user_attrs.get('checkpoint')} is gone or damaged; "
+            "refits need its configuration. Put the run's trials/ back"
         )
-    with Checkpoint(places[0]).as_directory() as folder:
+    with Checkpoint(place).as_directory() as folder:
         return checkpoint.load_config(Path(folder))
 
 
@@ -95,21 +95,32 @@ def describe(configurations: int, folds: int) -> str:
 
 
 def enqueue(refits: optuna.Study, trials: Sequence[int], folds: int) -> None:
-    """Let the refits of some trials wait, as far as they are not known; those of others wait no longer.
-
-    One that crashed is tried again: this session may have another disk, machine or version.
-    """
-    wanted = [[trial, fold] for trial in trials for fold in range(folds)]
+    """Let the refits of some trials wait that are missing; those of others wait no longer."""
     for known in refits.get_trials(deepcopy=False):
-        if known.state in (TrialState.WAITING, TrialState.RUNNING) and _of(known) not in wanted:
+        waits = known.state in (TrialState.WAITING, TrialState.RUNNING)
+        if waits and _of(known)[0] not in trials:
             # By the storage: `tell` refuses a trial that was never asked for.
             refits._storage.set_trial_user_attr(known._trial_id, "reason", "no longer among the best")
             refits._storage.set_trial_user_attr(known._trial_id, REFIT, None)
             refits._storage.set_trial_state_values(known._trial_id, TrialState.FAIL)
-    known_refits = [_of(t) for t in refits.get_trials(deepcopy=False) if "crashed" not in t.user_attrs]
-    for trial, fold in wanted:
-        if [trial, fold] not in known_refits:
-            refits.enqueue_trial({"trial": trial, "fold": fold}, user_attrs={REFIT: [trial, fold]})
+    for trial, fold in missing(refits, trials, folds):
+        refits.enqueue_trial({"trial": trial, "fold": fold}, user_attrs={REFIT: [trial, fold]})
+
+
+def missing(refits: optuna.Study, trials: Sequence[int], folds: int) -> list[list[int]]:
+    """Return the refits of some trials that are not known yet, as trial and fold.
+
+    One that crashed is among them: this session may have another disk, machine or version. So is one whose
+    weights are gone or damaged.
+    """
+    known = [
+        _of(t)
+        for t in refits.get_trials(deepcopy=False)
+        if "crashed" not in t.user_attrs
+        and (t.state != TrialState.COMPLETE or readable(checkpoints_of(refits, t)) is not None)
+    ]
+    wanted = [[trial, fold] for trial in trials for fold in range(folds)]
+    return [refit for refit in wanted if refit not in known]
 
 
 def waiting_trials(refits: optuna.Study) -> set[int]:
@@ -134,10 +145,8 @@ def candidates(refits: optuna.Study, study: optuna.Study, folds: int, most: int)
         folds: how many there are.
         most: how many to return at most.
     """
-    paths = {
-        tuple(_of(t)): checkpoint_of(refits, t)
-        for t in refits.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    }
+    done = refits.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    paths = {tuple(_of(t)): place for t in done if (place := readable(checkpoints_of(refits, t))) is not None}
     known = sorted({trial for trial, _ in paths})
     trials = study.get_trials(deepcopy=False)
     found = []

@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from saltray import (
     splitting,
 )
 from saltray.config import IGNORED, ModelConfig, TrialConfig
-from saltray.ensemble import Selection
 from saltray.inference import Model
 from saltray.metrics import Postprocessing
 from saltray.model import build_model
@@ -151,25 +149,20 @@ def test_an_ensemble_is_the_weighted_mean_and_one_member_is_that_model(
         np.testing.assert_allclose(1 / (1 + np.exp(-logits)), mean, atol=1e-6)
 
 
-def selection(picks: Sequence[tuple[int, ...]]) -> Selection:
-    nothing: Any = None
-    return Selection(picks[0], [], nothing, {}, [], list(picks), [])
-
-
 def test_a_folds_pseudo_labels_come_of_models_that_never_saw_it(
     labelled: ray.data.Dataset, tmp_path: Path
 ) -> None:
     # Fold 0's model says no salt everywhere, fold 1's says salt, a third candidate would spoil both.
     both = Candidate(0, "trial 0", (save(tmp_path / "a", -9), save(tmp_path / "b", 9)))
     other = Candidate(1, "trial 1", (save(tmp_path / "c", 9), save(tmp_path / "d", -9)))
-    chosen = blend.Chosen([both, other], selection([(1, 0), (2, 0)]))
+    candidates, picks = [both, other], [(1, 0), (2, 0)]
     test = labelled.drop_columns(["mask", "coverage"]).materialize()
-    labels = [read(blend.label_for(fold, test, chosen, 10**6)) for fold in (0, 1)]
+    labels = [read(blend.label_for(fold, test, candidates, picks[fold], 10**6)) for fold in (0, 1)]
     assert [np.unique(tiles["mask"]).tolist() for tiles in labels] == [[0], [1]]
     assert (labels[1]["row"] >= pseudo.FIRST_ROW).all() and len(labels[1]["row"]) == 30
     # They are trained on, beside the other folds, and never judged.
     parts = cut(labelled, 2)
-    training = folds.join([folds.others(parts, 0), blend.label_for(0, test, chosen, 10**6)])
+    training = folds.join([folds.others(parts, 0), blend.label_for(0, test, candidates, picks[0], 10**6)])
     rows = set(read(training)["row"].tolist())
     assert len(rows) == training.count() == parts[1].count() + 30
     assert not rows & set(read(parts[0])["row"].tolist())

@@ -257,7 +257,7 @@ def test_two_workers_stopped_early_make_room_for_the_next(
 ) -> None:
     two = Tiles.share(*tiles.shares[1][0], 2)
     chosen = Plan(1, WorkerResources(2, 1, 0))
-    monkeypatch.setattr(search, "make_scheduler", lambda *_: StopsAll())
+    monkeypatch.setattr(search, "make_scheduler", lambda *_: StopsAll())  # type: ignore[no-untyped-call]
     # The budget only ends a search that hangs.
     study = run_search(tmp_path, two, chosen, trials=2, epochs=1000, time_budget=240)
     assert count(study) == Counts(0, 2, 0, 0)

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import optuna
@@ -33,6 +34,7 @@ def searcher(refit_study: optuna.Study) -> search.StudySearch:
 
 def finish(searching: search.StudySearch, name: str, path: Path) -> None:
     path.mkdir(exist_ok=True)
+    checkpoint.save(path, build_model(DEBUG.model).state_dict(), DEBUG, {})
     searching.record_checkpoint(name, str(path))
     searching.on_trial_complete(name, result(9, 0.6, finished=True))
 
@@ -97,6 +99,27 @@ def test_a_refit_whose_process_died_is_tried_again(study: optuna.Study, tmp_path
     assert refits.failed(refit_study) == 0
     waiting = [t.user_attrs[refits.REFIT] for t in refit_study.trials if t.state == TrialState.WAITING]
     assert waiting == [[2, 1]]
+
+
+@pytest.mark.parametrize("what", ["damaged", "gone"])
+def test_a_refit_without_its_weights_is_done_again(study: optuna.Study, tmp_path: Path, what: str) -> None:
+    refit_study = refits.beside(study, "folds-2")
+    refits.enqueue(refit_study, [2], 2)
+    searching = searcher(refit_study)
+    for name in "ab":
+        searching.suggest(name)
+        finish(searching, name, tmp_path / name)
+    file = tmp_path / "b" / checkpoint.WEIGHTS
+    if what == "gone":
+        shutil.rmtree(file.parent)
+    else:
+        file.write_bytes(file.read_bytes()[:100])
+    assert refits.candidates(refit_study, study, 2, 1) == []
+    refits.enqueue(refit_study, [2], 2)
+    assert refits.waiting_trials(refit_study) == {2} and count(refit_study).waiting == 1
+    searching.suggest("again")
+    finish(searching, "again", tmp_path / "again")
+    assert refits.candidates(refit_study, study, 2, 1) == [whole(tmp_path, 2, "a", "again")]
 
 
 def test_a_killed_refit_goes_on_from_its_last_epoch(study: optuna.Study, tmp_path: Path) -> None:
