@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from saltray import survey
 from saltray.config import TILE, Split
 from saltray.page import BLUE, ORANGE, SKY, Page, Picture, overlay
+from saltray.splitting import NEIGHBOURS
 from saltray.survey import CLASSES, TINY, Survey
 
 _PER_CLASS = 6  # pictures of each coverage class
@@ -276,12 +277,10 @@ def _add_odd_images(page: Page, data: Survey) -> None:
 
 
 def _add_split(page: Page, data: Survey, seed: int, split: Split) -> None:
-    together = ", and neighbours are kept together" if split == "neighbours" else ""
     page.section(
         "The split",
         f"A search with --seed {seed} --split {split} trains on four of five folds and validates on the "
-        f"other one; they are stratified by coverage{together}. The contest's tiles were cut from shared "
-        "mosaics, so that neighbours on both sides flatter the validation score a little.",
+        f"other one; they are stratified by coverage. {NEIGHBOURS[split]}",
     )
     parts = {name: data.labelled[data.labelled["part"] == name] for name in ("training", "validation")}
     page.figure(
@@ -302,22 +301,23 @@ def _add_split(page: Page, data: Survey, seed: int, split: Split) -> None:
         "median depth z": [part["z"].median() for part in parts.values()],
     }
     page.table(pd.DataFrame(rows), "The two parts in numbers; empty masks count as coverage 0.")
-    _add_neighbours(page, data)
+    _add_neighbours(page, data, split)
 
 
-def _add_neighbours(page: Page, data: Survey) -> None:
+def _add_neighbours(page: Page, data: Survey, split: Split) -> None:
     pairs = data.neighbours
     if not len(pairs):
         page.note("Neighbours: no two tiles whose edges fit each other clearly better than any others.")
         return
     trained = (data.labelled["part"] == "training").to_numpy()
     cut = trained[pairs[:, 0]] != trained[pairs[:, 1]]
+    other = "" if split == "neighbours" else "; --split neighbours leaves none there"
     shown = [int(i) for pair in pairs[_spread(np.arange(len(pairs)), _PER_CLASS // 2)] for i in pair]
     page.pictures(
         [_picture(data, i) for i in shown],
         f"{len(pairs):,} pairs of tiles seem to lie side by side or one below the other in a mosaic: their "
         "edges fit each other clearly better than any others. The first, a middle and the last pair. "
-        f"Of all pairs {cut.sum():,} are on both sides of this split; --split neighbours leaves none there.",
+        f"Of all pairs {cut.sum():,} are on both sides of this split{other}.",
     )
 
 

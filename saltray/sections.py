@@ -16,6 +16,7 @@ from saltray import ensemble_section, tile_figures, trial_figures, validation
 from saltray.findings import Findings
 from saltray.metrics import Postprocessing
 from saltray.page import Page
+from saltray.splitting import NEIGHBOURS
 from saltray.study import epochs_of, objective_of, score
 
 SCORES = (
@@ -24,9 +25,8 @@ SCORES = (
     "then the mean over the tiles. 1 is perfect. "
 )
 CAUTION = (
-    "Take it with care: the tiles were cut from shared mosaics, so many validation tiles have neighbours "
-    "among the training tiles, and the same validation tiles chose the best trial and its threshold. Expect "
-    "less on new ground."
+    "Take it with care. {neighbours} The same validation tiles chose the best trial and its threshold. "
+    "Expect less on new ground."
 )
 
 COVERAGES = [-1, 0, *range(10, 101, 10)]  # the contest's own classes: no salt, then tenths
@@ -50,7 +50,7 @@ def build(found: Findings) -> Page:
 
 
 def _result(page: Page, found: Findings) -> None:
-    page.section("Result", SCORES + CAUTION)
+    page.section("Result", SCORES + CAUTION.format(neighbours=NEIGHBOURS[found.settings.split]))
     best, model, facts = found.best, found.model, {"best trial": "none: no trial has ended an epoch"}
     if best:
         reached = max(best.intermediate_values, default=len(trial_figures.epochs(best)))

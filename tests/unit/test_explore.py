@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from PIL import Image
 
 from saltray import data_page, demo, explore, survey
 from saltray.cli import run_program
-from saltray.config import UserError
+from saltray.config import Split, UserError
+from saltray.splitting import NEIGHBOURS
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,16 @@ def test_a_report_is_written_and_never_over_another_file(
     code = call(monkeypatch, str(pristine), "--out", str(out))
     assert code == f"error: {out}: already there; remove it or choose another --out"
     assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("split", ["coverage", "neighbours"])
+def test_the_split_is_told_as_it_is(pristine: Path, tmp_path: Path, split: Split) -> None:
+    data = survey.read(str(pristine), 0, split)._replace(neighbours=np.array([[0, 1]]))
+    data_page.build(data, "tiles", 0, split).write(tmp_path / "page.html")
+    _, _, section = unescape(text(tmp_path / "page.html")).partition(f"--split {split} trains")
+    assert NEIGHBOURS[split] in section
+    for words in ("flatters the score", "--split neighbours leaves none"):
+        assert (words in section) == (split == "coverage")
 
 
 def test_what_cannot_be_explored_leaves_no_file(

@@ -13,7 +13,8 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from saltray import report, run, sections, tile_figures, trial_figures, validation
-from saltray.config import UserError
+from saltray.config import Split, UserError
+from saltray.splitting import NEIGHBOURS
 from saltray.study import score
 from tests.runs import START, make_run, make_trial
 
@@ -55,6 +56,13 @@ def told(folder: Path) -> tuple[dict[str, str], str]:
     return {title: unescape(re.sub(r"<[^>]+>", " ", text)) for title, text in without_scripts.items()}, html
 
 
+def change_settings(folder: Path, **settings: Any) -> None:
+    """Write other settings into a run's folder."""
+    content = json.loads((folder / "run.json").read_text())
+    content["settings"] |= settings
+    (folder / "run.json").write_text(json.dumps(content))
+
+
 def test_a_run_tells_everything(tmp_path: Path, trials: list[FrozenTrial]) -> None:
     folder = make_run(tmp_path, trials, predicted=True)
     text, html = told(folder)
@@ -71,6 +79,15 @@ def test_a_run_tells_everything(tmp_path: Path, trials: list[FrozenTrial]) -> No
     assert "abc123" in text["Environment"]
     assert "secret" not in html
     assert "u:pw" not in html
+
+
+@pytest.mark.parametrize("split", ["coverage", "neighbours"])
+def test_neighbours_flatter_only_where_the_split_parts_them(tmp_path: Path, split: Split) -> None:
+    folder = make_run(tmp_path, [])
+    change_settings(folder, split=split)
+    result = told(folder)[0]["Result"]
+    assert NEIGHBOURS[split] in result
+    assert ("flatters" in result) == (split == "coverage")
 
 
 @pytest.mark.parametrize(
@@ -160,10 +177,7 @@ def test_an_ensemble_has_its_section(
 
 def test_an_ensemble_that_is_still_to_come_is_told(tmp_path: Path, trials: list[FrozenTrial]) -> None:
     folder = make_run(tmp_path, trials)
-    file = folder / "run.json"
-    content = json.loads(file.read_text())
-    content["settings"]["folds"] = 5
-    file.write_text(json.dumps(content))
+    change_settings(folder, folds=5)
     assert "still to come" in told(folder)[0]["Folds and ensemble"]
 
 
