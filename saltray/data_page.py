@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +89,7 @@ def coverage_by_depth(salt: pd.DataFrame) -> go.Figure:
         customdata=salt["id"],
         hovertemplate="%{customdata}<br>z %{x:.0f}, %{y:.1f} %<extra></extra>",
         mode="markers",
-        marker={"size": 4, "color": SKY, "opacity": 0.55},
+        marker={"size": 3.5, "color": SKY},
         name="tile",
     )
     figure.add_scatter(
@@ -97,7 +98,7 @@ def coverage_by_depth(salt: pd.DataFrame) -> go.Figure:
         fill="toself",
         fillcolor="rgba(0, 114, 178, 0.18)",
         hoverinfo="skip",
-        line={"width": 0},
+        line={"color": BLUE, "width": 0.8},
         mode="lines",
         name="middle half",
     )
@@ -129,14 +130,15 @@ def coverage_figure(coverage: pd.Series) -> go.Figure:
 def balance_figure(parts: Mapping[str, pd.DataFrame]) -> go.Figure:
     """Draw how the tiles of each part spread over the classes of coverage, in per cent of the part."""
     figure = go.Figure()
-    for (name, part), colour in zip(parts.items(), (BLUE, ORANGE), strict=True):
+    hatches: list[dict[str, Any]] = [{}, {"shape": "/", "size": 12, "solidity": 0.1}]
+    for (name, part), colour, hatch in zip(parts.items(), (BLUE, ORANGE), hatches, strict=True):
         counts = np.bincount(survey.coverage_class(part["pixels"]), minlength=len(CLASSES))
         figure.add_bar(
             x=CLASSES,
             y=counts * 100 / max(len(part), 1),
             customdata=counts,
             hovertemplate="%{customdata} tiles, %{y:.1f} %",
-            marker_color=colour,
+            marker={"color": colour, "pattern": {"bgcolor": colour, "fgcolor": "white"} | hatch},
             name=f"{name} ({len(part):,} tiles)",
         )
     return figure.update_layout(
@@ -294,7 +296,7 @@ def _add_split(page: Page, data: Survey, seed: int, split: Split) -> None:
         "takes no heed of depth, so that the lines differ by chance.",
     )
     rows = {
-        "": list(parts),
+        "part": list(parts),
         "tiles": [len(part) for part in parts.values()],
         "empty masks (%)": [(part["pixels"] == 0).mean() * 100 for part in parts.values()],
         "mean coverage (%)": [part["coverage"].mean() * 100 for part in parts.values()],

@@ -13,6 +13,7 @@ from saltray import data_page, demo, explore, survey
 from saltray.cli import run_program
 from saltray.config import Split, UserError
 from saltray.splitting import NEIGHBOURS
+from tests.unit.contrast import LEAST, contrasts
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,19 @@ def test_pictures_are_spread_over_their_class_and_tiny_masks_framed(pristine: Pa
         orange = (np.asarray(picture.image) == (255, 150, 0)).all(axis=2)
         assert orange.any(axis=0).sum() > 10  # a frame inside the tile, at its corner as well
     assert data_page._picture(tiny, 2).text.split("\n")[1].startswith("empty")
+
+
+def test_figures_are_seen_on_white(pristine: Path) -> None:
+    tiles = survey.read(str(pristine), 0).labelled
+    figures = [
+        data_page.depth_figure({"labelled": tiles["z"], "test": tiles["z"]}),
+        data_page.salt_by_depth(tiles),
+        data_page.coverage_by_depth(tiles[tiles["pixels"] > 0]),
+        data_page.coverage_figure(tiles["coverage"]),
+        data_page.balance_figure({"training": tiles, "validation": tiles}),
+    ]
+    for figure in figures:
+        assert min(contrasts(figure)) >= LEAST
 
 
 def test_refusal_comes_before_the_data_are_read(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
-from saltray.page import PREDICTION, TRUTH, Page, Picture, overlay
+from saltray.page import COLOURS, INK, PREDICTION, SOFT, TRUTH, Page, Picture, overlay
+from tests.unit.contrast import LEAST, contrast
 
 HOSTILE = """<script>alert("1")</script>'"><img src=x onerror=alert(1)>&amp;"""
 
@@ -54,6 +55,13 @@ def full_page(text: str) -> Page:
 def read(page: Page, folder: Path) -> Reader:
     page.write(folder / "page.html")
     return Reader((folder / "page.html").read_text(encoding="utf-8"))
+
+
+def test_the_palette_is_seen_on_white() -> None:
+    assert (contrast("white"), contrast("black")) == (1, 21)
+    assert contrast("#767676") == pytest.approx(4.54, abs=0.005)  # the W3C's own example of enough for text
+    assert min(map(contrast, COLOURS)) >= LEAST
+    assert min(map(contrast, (INK, SOFT))) >= 4.5  # text
 
 
 def test_text_from_anywhere_is_escaped(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from saltray.config import Split, UserError
 from saltray.splitting import NEIGHBOURS
 from saltray.study import score
 from tests.runs import START, make_run, make_trial
+from tests.unit.contrast import LEAST, contrasts
 
 TITLES = [
     "Result", "Best configuration", "Validation tiles", "Salt, depth and score", "Threshold",
@@ -354,6 +355,41 @@ def test_a_classs_score_agrees_with_an_obvious_loop() -> None:
     assert known == {
         "none": (0.5, 2), "0–10": (pytest.approx(0.6), 2), "10–20": (0.2, 1), "90–100": (0.9, 1),
     }  # fmt: skip
+
+
+def test_figures_of_trials_are_seen_without_their_colours(trials: list[FrozenTrial]) -> None:
+    every = [_numbered(t, i) for i, t in enumerate([*trials, make_trial(TrialState.FAIL, [0.3])])]
+    curves = trial_figures.learning_curves(every, 4).data
+    looks = {(c.name, c.line.dash, c.marker.symbol, c.line.width) for c in curves}
+    bars = {
+        (b.name, b.marker.color == "white", b.marker.pattern.shape)
+        for b in trial_figures.timeline(trial_figures.stretches(every)).data
+    }
+    for known, outcomes in ((looks, 5), (bars, 4)):
+        assert len(known) == len({row[0] for row in known}) == outcomes  # one an outcome
+        assert len({row[1:] for row in known}) == outcomes  # and no two alike
+
+
+def test_figures_are_seen_on_white(trials: list[FrozenTrial]) -> None:
+    numbered = [_numbered(t, i) for i, t in enumerate(trials)]
+    study = optuna.create_study(directions=["maximize", "maximize"])
+    study.add_trials([make_trial(TrialState.COMPLETE, [v], values=[v, v]) for v in (0.3, 0.5)])
+    table = validation.tabulate(["a", "b"], [0, 50], [0, 40], [9, 60], [1, 2])
+    figures = [
+        trial_figures.history(numbered),
+        trial_figures.learning_curves(numbered, 4),
+        trial_figures.training_curves(trial_figures.epochs(numbered[4])),
+        trial_figures.parallel_coordinates(numbered),
+        trial_figures.importance(numbered),
+        *trial_figures.slices(numbered).values(),
+        trial_figures.pareto_front(study, study.trials),
+        trial_figures.timeline(trial_figures.stretches(numbered)),
+        tile_figures.threshold_curve({"0.40": 0.6, "0.50": 0.7}, 0.5),
+        tile_figures.score_by([1.0], [0.5], [0, 2], "salt"),
+        tile_figures.coverages(table),
+    ]
+    for figure in figures:
+        assert min(contrasts(figure)) >= LEAST
 
 
 def _numbered(trial: FrozenTrial, number: int) -> FrozenTrial:
