@@ -89,6 +89,10 @@ class Page:
         """Add a paragraph."""
         self._add("note", text=text)
 
+    def command(self, text: str) -> None:
+        """Add a command line, to be copied as it is."""
+        self._add("command", text=text)
+
     def names(self, names: Sequence[str], summary: str) -> None:
         """Add a long list of names, such as ids: folded away under its summary."""
         self._add("names", names=list(names), summary=summary)

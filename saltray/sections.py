@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from saltray import ensemble_section, tile_figures, trial_figures, validation
+from saltray import ensemble_section, run, tile_figures, trial_figures, validation
 from saltray.findings import Findings
 from saltray.metrics import Postprocessing
 from saltray.page import Page
@@ -40,7 +40,7 @@ def build(found: Findings) -> Page:
     """Put the page together."""
     counts = Counter(map(trial_figures.outcome, found.trials))
     trials = ", ".join(f"{n} {name}" for name, n in counts.items()) or "none was started"
-    page = Page(f"Search {found.name}", f"What saltray tried, and what it found. Trials: {trials}.")
+    page = Page(f"Search {found.folder.name}", f"What saltray tried, and what it found. Trials: {trials}.")
     for add in (
         _result, ensemble_section.add, _configuration, _gallery, _salt, _threshold, _training, _history,
         _curves, _front, _parallel, _importance, _slices, _timeline, _trials, _environment,
@@ -334,17 +334,15 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _environment(page: Page, found: Findings) -> None:
-    page.section("Environment", "What is needed to do this search again.")
-    settings = found.settings
-    budget = f", at most {settings.time_budget:g} s a session" if settings.time_budget else ""
+    page.section("Environment", "What is needed to do this search again: the command, and what it ran on.")
+    options = run.options(found.settings, found.folder / "space.py")
+    page.command(_without_secrets(f"python -m saltray.tune {options}"))
     machines = Counter(
         _machine(t.user_attrs) for t in found.trials if "hardware" in t.user_attrs or "host" in t.user_attrs
     )
     facts = {
-        "data": _without_secrets(settings.data),
-        "search space": settings.space,
-        "seed": f"{settings.seed}, of the split, the sampler and every trial",
-        "budget": f"{settings.extent}{budget}",
+        "tiles": f"{found.tiles}, the first digits of the SHA-256 of their labels and split",
+        "search space": f"{found.settings.space}, kept as space.py in the run's folder",
         "trained on": ", ".join(f"{name} (trials: {n})" for name, n in machines.items()) or "not known",
     }
     page.facts(facts)
@@ -374,5 +372,5 @@ def _machine(attributes: dict[str, Any]) -> str:
 
 
 def _without_secrets(text: str) -> str:
-    """Leave users and passwords out of the URLs in a text."""
-    return re.sub(r"://[^\s/@]+@", "://", text)
+    """Leave passwords, and the users that they belong to, out of the URLs in a text."""
+    return re.sub(r"://[^\s/@:]*:[^\s/@]*@", "://", text)

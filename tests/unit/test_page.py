@@ -45,6 +45,7 @@ def full_page(text: str) -> Page:
     page.section(text, text)
     page.note(text)
     page.facts({text: text})
+    page.command(text)
     page.names([text, text], text)
     page.table(pd.DataFrame({text: [text], "n": [1]}), text)
     page.pictures([Picture(np.zeros((2, 3), np.uint8), text)], text)

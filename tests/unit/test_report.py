@@ -76,10 +76,29 @@ def test_a_run_tells_everything(tmp_path: Path, trials: list[FrozenTrial]) -> No
     assert "blocks 4" in text["Best configuration"]
     assert "OSError: <script>alert(1)</script>" in text["Trials"]
     assert "<script>alert" not in html
-    assert "7, of the split" in text["Environment"]
     assert "abc123" in text["Environment"]
     assert "secret" not in html
     assert "u:pw" not in html
+
+
+def test_the_environment_has_the_whole_command(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, [])
+    change_settings(
+        folder,
+        **{
+            "searcher": "gp",
+            "scheduler": "none",
+            "split": "neighbours",
+            "workers_per_trial": 2,
+            "patience": 4,
+        },
+        **{"skip_bad": True, "folds": 3, "warm_start": "s3://me@bucket/run"},
+    )
+    words = " ".join(told(folder)[0]["Environment"].split())
+    options = run.options(run.read_settings(folder), folder.resolve() / "space.py")
+    assert f"python -m saltray.tune {options.replace('user:secret@', '')} tiles 0," in words
+    for option in ("--searcher gp", "--skip-bad", "--seed 7", "s3://me@bucket/run"):
+        assert option in words
 
 
 @pytest.mark.parametrize("split", ["coverage", "neighbours"])
