@@ -185,10 +185,17 @@ def _training(page: Page, found: Findings) -> None:
         )
         return
     page.section(title, f"How trial {found.best.number} learnt, epoch by epoch.")
+    loss = found.config["loss"] if found.model.get("trial") == found.best.number else {}
+    change = (
+        f" The loss leaps where {loss['then']} takes the place of {loss['name']}, after "
+        f"{loss['switch_at']:.0%} of the epochs."
+        if loss.get("then")
+        else ""
+    )
     page.figure(
         trial_figures.training_curves(rows),
         "Loss (mean over the augmented training tiles, with dropout), validation mAP at probability 0.50, "
-        "and learning rate. A loss that falls while the mAP does not rise is overfitting.",
+        "and learning rate. A loss that falls while the mAP does not rise is overfitting." + change,
     )
 
 

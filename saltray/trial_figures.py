@@ -102,8 +102,9 @@ def history(trials: Sequence[FrozenTrial]) -> go.Figure:
         )
     )
     _add_points(figure, known, [t.number for t in known])
-    figure.update_xaxes(title="trial, in the order of their start", **_whole(known[-1].number))
-    return figure.update_yaxes(title=MAP).update_layout(margin=_ROOM)
+    ends = [known[0].number - 0.5, known[-1].number + 0.5]
+    figure.update_xaxes(title="trial, in the order of their start", range=ends, **_whole(known[-1].number))
+    return figure.update_yaxes(title=MAP, range=_scale(known)).update_layout(margin=_ROOM)
 
 
 def learning_curves(trials: Sequence[FrozenTrial], best: int) -> go.Figure:
@@ -213,12 +214,10 @@ def importance(trials: Sequence[FrozenTrial]) -> go.Figure:
 def slices(trials: Sequence[FrozenTrial]) -> dict[str, go.Figure]:
     """Draw the score against each parameter's domain, by the parameter's name; all on one scale."""
     known = scored(trials)
-    scores = [score(t) for t in known]
-    room = 0.05 * max(max(scores) - min(scores), 0.02)
     names = sorted({name for t in known for name in t.params})
     figures = {name: _slice([t for t in known if name in t.params], name) for name in names}
     for figure in figures.values():
-        figure.update_yaxes(title=MAP, range=[min(scores) - room, max(scores) + room])
+        figure.update_yaxes(title=MAP, range=_scale(known))
         figure.update_layout(height=300, margin=BUTTONS)
     return figures
 
@@ -348,6 +347,13 @@ def _add_points(figure: go.Figure, trials: Sequence[FrozenTrial], x: Sequence[An
                 marker=_point(_LOOKS[name].colour, _LOOKS[name].symbol),
                 cliponaxis=False, **more,
             )  # fmt: skip
+
+
+def _scale(trials: Sequence[FrozenTrial]) -> list[float]:
+    """Return the ends of an axis that all scores fit on, also where they are one."""
+    scores = [score(t) for t in trials]
+    room = max(0.05 * (max(scores) - min(scores)), 0.005)
+    return [min(scores) - room, max(scores) + room]
 
 
 def _log_ticks(values: Sequence[float]) -> dict[str, Any]:

@@ -278,6 +278,22 @@ def test_no_run_is_told(tmp_path: Path) -> None:
         report.write(tmp_path)
 
 
+def test_a_history_of_one_trial_is_drawn_around_it() -> None:
+    layout = trial_figures.history([_numbered(make_trial(TrialState.COMPLETE, [0.82]), 3)]).layout
+    assert layout.xaxis.range == (2.5, 3.5)
+    assert layout.yaxis.range == pytest.approx((0.815, 0.825))
+
+
+def test_a_leap_of_the_loss_is_explained(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, [make_trial(TrialState.COMPLETE, [0.4, 0.5])], predicted=True)
+    assert "leaps" not in told(folder)[0]["Training of the best"]
+    file = folder / "best" / "config.json"
+    loss = {"name": "bce", "then": "lovasz_elu", "switch_at": 0.4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"loss": loss}))
+    words = "The loss leaps where lovasz_elu takes the place of bce, after 40% of the epochs."
+    assert words in told(folder)[0]["Training of the best"]
+
+
 def test_the_history_counts_every_score(trials: list[FrozenTrial]) -> None:
     numbered = [_numbered(t, i) for i, t in enumerate(trials)]
     best, *points = trial_figures.history(numbered).data
