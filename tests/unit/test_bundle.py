@@ -175,7 +175,7 @@ def test_the_cards_tell_what_the_split_does_with_neighbours(
     folder = make_bundle(make_run(tmp_path, split) / "best.new")
     bundle.write_card(folder)
     best = (folder / bundle.CARD).read_text()
-    facts = {"models": 1, "folds": 5, "in_sample": 0.7, "cross_fitted": 0.6, "spread": 0.1}
+    facts: dict[str, Any] = {"models": 1, "folds": 5, "in_sample": 0.7, "cross_fitted": 0.6, "spread": 0.1}
     facts |= {"candidates": [{"name": "trial 3", "weight": 1.0, "by_fold": [0.6, 0.7]}]}
     bundle.add_metrics(folder, facts)
     ensemble_bundle.write_card(folder)
