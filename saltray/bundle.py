@@ -10,6 +10,7 @@ It is made in `best.new/` and takes the place of an earlier session's in whole.
 
 import json
 import shutil
+import textwrap
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +21,11 @@ import torch
 from ray.train import Checkpoint
 
 from saltray import checkpoint, run
-from saltray.config import TILE, TrialConfig, UserError
+from saltray.config import TILE, Split, TrialConfig, UserError
 from saltray.inference import stored_postprocessing
 from saltray.metrics import Postprocessing, logit
 from saltray.model import count_parameters
+from saltray.splitting import NEIGHBOURS
 
 ONNX, CARD = "model.onnx", "README.md"
 
@@ -133,27 +135,19 @@ _LONE = """\
 | the same, on those {tiles:,} that lie beside no training tile, as far as edges tell | {map:.4f} |
 """
 
-_SPLIT = {
-    "coverage": {
-        "together": "",
-        "neighbours": "Neighbours of a validation tile may be\n  among the training tiles, which flatters",
-    },
-    "neighbours": {
-        "together": " and keeping neighbours together",
-        "neighbours": "Neighbours that could be told by their\n  edges are on one side of the split",
-    },
-}
-
 
 def origin_of(bundle: Path) -> dict[str, str]:
     """Return what a model card tells of the run that a bundle in its folder comes from."""
     known = run.read(bundle.parent)
     settings, session = known["settings"], known["sessions"][-1]
+    split: Split = settings.get("split", "coverage")  # older runs know no other
     return {
         "name": bundle.parent.name,
         "data": Path(settings["data"].rstrip("/")).name,
         "fingerprint": known["tiles"],
         "seed": settings["seed"],
+        "together": " and keeping neighbours together" if split == "neighbours" else "",
+        "neighbours": textwrap.fill(NEIGHBOURS[split], 105, initial_indent="- ", subsequent_indent="  "),
         "command": session["command"],
         "machine": session["machine"],
         "versions": ", ".join([f"Python {session['python']}", *map(" ".join, session["versions"].items())]),
@@ -169,12 +163,11 @@ def write_card(bundle: Path) -> None:
             `tiles` (`describe_tiles`) among its metrics.
     """
     config, metrics = checkpoint.load_config(bundle), checkpoint.load_metrics(bundle)
-    settings, chosen = run.read(bundle.parent)["settings"], stored_postprocessing(bundle)
+    chosen = stored_postprocessing(bundle)
     text = _CARD.format(
         **origin_of(bundle),
         architecture=config.model.architecture,
         parameters=count_parameters(checkpoint.load_model(bundle)),
-        **_SPLIT[settings.get("split", "coverage")],
         lone=_LONE.format(**metrics["lone"]) if "lone" in metrics else "",
         chosen=chosen,
         trial=metrics["trial"],
@@ -230,7 +223,8 @@ The metric is that of Kaggle's TGS Salt Identification Challenge: per tile the s
 is; then the mean over the tiles."""
 
 LIMITS = """\
-- The contest's own tiles were cut from shared mosaics. {neighbours}; other surveys were not seen at all.
+{neighbours}
+- Other surveys were not seen at all.
 - Not to be used alone where a wrong salt boundary costs money or safety.
 """
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import plotly.graph_objects as go
 from saltray import survey
 from saltray.config import TILE, Split
 from saltray.page import BLUE, ORANGE, SKY, Page, Picture, overlay
+from saltray.splitting import NEIGHBOURS
 from saltray.survey import CLASSES, TINY, Survey
 
 _PER_CLASS = 6  # pictures of each coverage class
@@ -87,7 +89,7 @@ def coverage_by_depth(salt: pd.DataFrame) -> go.Figure:
         customdata=salt["id"],
         hovertemplate="%{customdata}<br>z %{x:.0f}, %{y:.1f} %<extra></extra>",
         mode="markers",
-        marker={"size": 4, "color": SKY, "opacity": 0.55},
+        marker={"size": 3.5, "color": SKY},
         name="tile",
     )
     figure.add_scatter(
@@ -96,7 +98,7 @@ def coverage_by_depth(salt: pd.DataFrame) -> go.Figure:
         fill="toself",
         fillcolor="rgba(0, 114, 178, 0.18)",
         hoverinfo="skip",
-        line={"width": 0},
+        line={"color": BLUE, "width": 0.8},
         mode="lines",
         name="middle half",
     )
@@ -128,14 +130,15 @@ def coverage_figure(coverage: pd.Series) -> go.Figure:
 def balance_figure(parts: Mapping[str, pd.DataFrame]) -> go.Figure:
     """Draw how the tiles of each part spread over the classes of coverage, in per cent of the part."""
     figure = go.Figure()
-    for (name, part), colour in zip(parts.items(), (BLUE, ORANGE), strict=True):
+    hatches: list[dict[str, Any]] = [{}, {"shape": "/", "size": 12, "solidity": 0.1}]
+    for (name, part), colour, hatch in zip(parts.items(), (BLUE, ORANGE), hatches, strict=True):
         counts = np.bincount(survey.coverage_class(part["pixels"]), minlength=len(CLASSES))
         figure.add_bar(
             x=CLASSES,
             y=counts * 100 / max(len(part), 1),
             customdata=counts,
             hovertemplate="%{customdata} tiles, %{y:.1f} %",
-            marker_color=colour,
+            marker={"color": colour, "pattern": {"bgcolor": colour, "fgcolor": "white"} | hatch},
             name=f"{name} ({len(part):,} tiles)",
         )
     return figure.update_layout(
@@ -276,12 +279,10 @@ def _add_odd_images(page: Page, data: Survey) -> None:
 
 
 def _add_split(page: Page, data: Survey, seed: int, split: Split) -> None:
-    together = ", and neighbours are kept together" if split == "neighbours" else ""
     page.section(
         "The split",
         f"A search with --seed {seed} --split {split} trains on four of five folds and validates on the "
-        f"other one; they are stratified by coverage{together}. The contest's tiles were cut from shared "
-        "mosaics, so that neighbours on both sides flatter the validation score a little.",
+        f"other one; they are stratified by coverage. {NEIGHBOURS[split]}",
     )
     parts = {name: data.labelled[data.labelled["part"] == name] for name in ("training", "validation")}
     page.figure(
@@ -295,29 +296,30 @@ def _add_split(page: Page, data: Survey, seed: int, split: Split) -> None:
         "takes no heed of depth, so that the lines differ by chance.",
     )
     rows = {
-        "": list(parts),
+        "part": list(parts),
         "tiles": [len(part) for part in parts.values()],
         "empty masks (%)": [(part["pixels"] == 0).mean() * 100 for part in parts.values()],
         "mean coverage (%)": [part["coverage"].mean() * 100 for part in parts.values()],
         "median depth z": [part["z"].median() for part in parts.values()],
     }
     page.table(pd.DataFrame(rows), "The two parts in numbers; empty masks count as coverage 0.")
-    _add_neighbours(page, data)
+    _add_neighbours(page, data, split)
 
 
-def _add_neighbours(page: Page, data: Survey) -> None:
+def _add_neighbours(page: Page, data: Survey, split: Split) -> None:
     pairs = data.neighbours
     if not len(pairs):
         page.note("Neighbours: no two tiles whose edges fit each other clearly better than any others.")
         return
     trained = (data.labelled["part"] == "training").to_numpy()
     cut = trained[pairs[:, 0]] != trained[pairs[:, 1]]
+    other = "" if split == "neighbours" else "; --split neighbours leaves none there"
     shown = [int(i) for pair in pairs[_spread(np.arange(len(pairs)), _PER_CLASS // 2)] for i in pair]
     page.pictures(
         [_picture(data, i) for i in shown],
         f"{len(pairs):,} pairs of tiles seem to lie side by side or one below the other in a mosaic: their "
         "edges fit each other clearly better than any others. The first, a middle and the last pair. "
-        f"Of all pairs {cut.sum():,} are on both sides of this split; --split neighbours leaves none there.",
+        f"Of all pairs {cut.sum():,} are on both sides of this split{other}.",
     )
 
 

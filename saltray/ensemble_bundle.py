@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saltray import checkpoint, members, run
+from saltray import checkpoint, members
 from saltray.bundle import CARD, LIMITS, METRIC, ORIGIN, begin, origin_of
 from saltray.config import TrialConfig
 from saltray.inference import Model, stored_postprocessing
@@ -50,7 +50,6 @@ def write_card(bundle: Path) -> None:
         bundle: `ensemble.new/` in a run's folder, as `stage` leaves it.
     """
     facts, chosen = checkpoint.load_metrics(bundle), stored_postprocessing(bundle)
-    settings = run.read(bundle.parent)["settings"]
     rows = [
         f"| {c['name']} | {c['weight']:.3f} | {sum(c['by_fold']) / len(c['by_fold']):.4f} |"
         for c in facts["candidates"]
@@ -61,7 +60,6 @@ def write_card(bundle: Path) -> None:
         models=facts["models"],
         rows="\n".join(rows),
         judged=_OUT_OF_FOLD.format(folds=facts["folds"]) if facts["folds"] else _ON_VALIDATION,
-        neighbours=_NEIGHBOURS[settings.get("split", "coverage")],
         in_sample=facts["in_sample"],
         cross_fitted=facts["cross_fitted"],
         spread=facts["spread"],
@@ -82,11 +80,6 @@ _PSEUDO = """\
 - Pseudo-labelled test tiles were learnt too: by the configurations that were chosen without them, and
   because that scored better here, which flatters as well.
 """
-
-_NEIGHBOURS = {
-    "coverage": "Neighbours of a tile may be in\n  other folds, which flatters as well",
-    "neighbours": "Neighbours that could be told by\n  their edges share a fold",
-}
 
 _CARD = (
     """---

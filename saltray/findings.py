@@ -14,8 +14,10 @@ from saltray.study import Place, load_study, own_trials, score
 class Findings(NamedTuple):
     """All that a run's folder tells."""
 
-    name: str
+    folder: Path
     settings: run.Settings
+    tiles: str
+    """Fingerprint of the labelled tiles and their split."""
     sessions: list[dict[str, Any]]
     """What `run.environment` said of each."""
     study: optuna.Study
@@ -51,8 +53,9 @@ def read(folder: Path, *, url: str | None = None, study: optuna.Study | None = N
     study = study or load_study(Place(folder, url or settings.study, settings.study_name))
     trials, best, ensemble = own_trials(study), folder / "best", folder / "ensemble"
     return Findings(
-        name=folder.resolve().name,
+        folder=folder.resolve(),
         settings=settings,
+        tiles=content["tiles"],
         sessions=content["sessions"],
         study=study,
         trials=trials,

@@ -5,6 +5,8 @@ other request. Text is escaped wherever it comes from.
 
 Colours are those of Okabe and Ito ("Color Universal Design", 2008) and cividis (Nuñez, Anderton and Renslow,
 "Optimizing colormaps with consideration for color vision deficiency", 2018): the colour-blind can read them.
+Orange and sky blue are darkened: marks and lines have a contrast of at least 3 to the page's white (WCAG 2.2,
+1.4.11). What is told by colour is told by a symbol, a dash or a hatch as well (1.4.1).
 """
 
 import base64
@@ -22,22 +24,22 @@ import plotly.graph_objects as go
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#BC8200", "#009E73", "#D55E00", "#CC79A7", "#4693BF"
 COLOURS = [BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY]
 TRUTH, PREDICTION = (0, 150, 255), (255, 150, 0)
 """Of the outlines, RGB: a blue and an orange, brighter than Okabe and Ito's to stand out from any grey."""
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_INK, _SOFT, _LINE = "#1b2733", "#5b6873", "#e6eaed"
+INK, SOFT, _GRID = "#1b2733", "#5b6873", "#e6eaed"
 _SCALE = 3  # picture pixels to a tile's pixel
 _HEIGHT = 400
 
 _AXIS = {
     "automargin": True,
-    "gridcolor": _LINE,
-    "linecolor": _SOFT,
+    "gridcolor": _GRID,
+    "linecolor": SOFT,
     "ticks": "outside",
-    "tickcolor": _SOFT,
+    "tickcolor": SOFT,
     "ticklen": 4,
     "zeroline": False,
     "title": {"standoff": 10},
@@ -48,7 +50,7 @@ TEMPLATE = go.layout.Template(
         "bargap": 0.06,
         "colorscale": {"sequential": "Cividis", "sequentialminus": "Cividis", "diverging": "RdBu"},
         "colorway": COLOURS,
-        "font": {"family": FONT, "size": 13, "color": _INK},
+        "font": {"family": FONT, "size": 13, "color": INK},
         "hoverlabel": {"font": {"family": FONT, "size": 13}},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
         "margin": {"l": 56, "r": 20, "t": 16, "b": 48},
@@ -86,6 +88,10 @@ class Page:
     def note(self, text: str) -> None:
         """Add a paragraph."""
         self._add("note", text=text)
+
+    def command(self, text: str) -> None:
+        """Add a command line, to be copied as it is."""
+        self._add("command", text=text)
 
     def names(self, names: Sequence[str], summary: str) -> None:
         """Add a long list of names, such as ids: folded away under its summary."""

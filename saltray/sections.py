@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from saltray import ensemble_section, tile_figures, trial_figures, validation
+from saltray import ensemble_section, run, tile_figures, trial_figures, validation
 from saltray.findings import Findings
 from saltray.metrics import Postprocessing
 from saltray.page import Page
+from saltray.splitting import NEIGHBOURS
 from saltray.study import epochs_of, objective_of, score
 
 SCORES = (
@@ -24,9 +25,8 @@ SCORES = (
     "then the mean over the tiles. 1 is perfect. "
 )
 CAUTION = (
-    "Take it with care: the tiles were cut from shared mosaics, so many validation tiles have neighbours "
-    "among the training tiles, and the same validation tiles chose the best trial and its threshold. Expect "
-    "less on new ground."
+    "Take it with care. {neighbours} The same validation tiles chose the best trial and its threshold. "
+    "Expect less on new ground."
 )
 
 COVERAGES = [-1, 0, *range(10, 101, 10)]  # the contest's own classes: no salt, then tenths
@@ -40,7 +40,7 @@ def build(found: Findings) -> Page:
     """Put the page together."""
     counts = Counter(map(trial_figures.outcome, found.trials))
     trials = ", ".join(f"{n} {name}" for name, n in counts.items()) or "none was started"
-    page = Page(f"Search {found.name}", f"What saltray tried, and what it found. Trials: {trials}.")
+    page = Page(f"Search {found.folder.name}", f"What saltray tried, and what it found. Trials: {trials}.")
     for add in (
         _result, ensemble_section.add, _configuration, _gallery, _salt, _threshold, _training, _history,
         _curves, _front, _parallel, _importance, _slices, _timeline, _trials, _environment,
@@ -50,7 +50,7 @@ def build(found: Findings) -> Page:
 
 
 def _result(page: Page, found: Findings) -> None:
-    page.section("Result", SCORES + CAUTION)
+    page.section("Result", SCORES + CAUTION.format(neighbours=NEIGHBOURS[found.settings.split]))
     best, model, facts = found.best, found.model, {"best trial": "none: no trial has ended an epoch"}
     if best:
         reached = max(best.intermediate_values, default=len(trial_figures.epochs(best)))
@@ -185,10 +185,17 @@ def _training(page: Page, found: Findings) -> None:
         )
         return
     page.section(title, f"How trial {found.best.number} learnt, epoch by epoch.")
+    loss = found.config["loss"] if found.model.get("trial") == found.best.number else {}
+    change = (
+        f" The loss leaps where {loss['then']} takes the place of {loss['name']}, after "
+        f"{loss['switch_at']:.0%} of the epochs."
+        if loss.get("then")
+        else ""
+    )
     page.figure(
         trial_figures.training_curves(rows),
         "Loss (mean over the augmented training tiles, with dropout), validation mAP at probability 0.50, "
-        "and learning rate. A loss that falls while the mAP does not rise is overfitting.",
+        "and learning rate. A loss that falls while the mAP does not rise is overfitting." + change,
     )
 
 
@@ -334,17 +341,15 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _environment(page: Page, found: Findings) -> None:
-    page.section("Environment", "What is needed to do this search again.")
-    settings = found.settings
-    budget = f", at most {settings.time_budget:g} s a session" if settings.time_budget else ""
+    page.section("Environment", "What is needed to do this search again: the command, and what it ran on.")
+    options = run.options(found.settings, found.folder / "space.py")
+    page.command(_without_secrets(f"python -m saltray.tune {options}"))
     machines = Counter(
         _machine(t.user_attrs) for t in found.trials if "hardware" in t.user_attrs or "host" in t.user_attrs
     )
     facts = {
-        "data": _without_secrets(settings.data),
-        "search space": settings.space,
-        "seed": f"{settings.seed}, of the split, the sampler and every trial",
-        "budget": f"{settings.extent}{budget}",
+        "tiles": f"{found.tiles}, the first digits of the SHA-256 of their labels and split",
+        "search space": f"{found.settings.space}, kept as space.py in the run's folder",
         "trained on": ", ".join(f"{name} (trials: {n})" for name, n in machines.items()) or "not known",
     }
     page.facts(facts)
@@ -374,5 +379,5 @@ def _machine(attributes: dict[str, Any]) -> str:
 
 
 def _without_secrets(text: str) -> str:
-    """Leave users and passwords out of the URLs in a text."""
-    return re.sub(r"://[^\s/@]+@", "://", text)
+    """Leave passwords, and the users that they belong to, out of the URLs in a text."""
+    return re.sub(r"://[^\s/@:]*:[^\s/@]*@", "://", text)

@@ -10,7 +10,7 @@ import plotly.colors
 import plotly.graph_objects as go
 
 from saltray import validation
-from saltray.page import BLUE, GREEN, Picture, overlay
+from saltray.page import BLUE, GREEN, SOFT, Picture, overlay
 from saltray.trial_figures import BUTTONS, MAP
 
 
@@ -104,13 +104,14 @@ def coverages(table: pd.DataFrame) -> go.Figure:
     """Draw predicted against true coverage of each validation tile, coloured by IoU."""
     figure = go.Figure()
     figure.add_scatter(
-        x=[0, 100], y=[0, 100], mode="lines", line={"color": "#5b6873", "dash": "dot"}, hoverinfo="skip",
+        x=[0, 100], y=[0, 100], mode="lines", line={"color": SOFT, "dash": "dot"}, hoverinfo="skip",
         showlegend=False,
     )  # fmt: skip
     figure.add_scatter(
         x=100 * table["coverage"], y=100 * table["predicted_coverage"], mode="markers", showlegend=False,
         marker={
-            "color": table["iou"], "colorscale": "Cividis", "cmin": 0, "cmax": 1, "size": 6, "opacity": 0.8,
+            "color": table["iou"], "colorscale": "Cividis", "cmin": 0, "cmax": 1, "size": 7,
+            "line": {"color": SOFT, "width": 1},
             "colorbar": {"title": {"text": "IoU"}, "thickness": 12},
         },
         text=table["id"], customdata=table["iou"],

@@ -19,7 +19,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 from plotly.subplots import make_subplots
 
-from saltray.page import BLUE, GREEN, ORANGE, SKY, VERMILION
+from saltray.page import BLUE, GREEN, INK, ORANGE, SKY, VERMILION
 from saltray.study import epochs_of, score
 
 MAP = "validation mAP (0 to 1)"
@@ -31,14 +31,30 @@ OUTCOMES = {
     TrialState.RUNNING: "unfinished",
     TrialState.WAITING: "unfinished",
 }
-COLOURS = {"complete": BLUE, "stopped early": SKY, "failed": VERMILION, "unfinished": ORANGE, "best": GREEN}
-_SYMBOLS = {"complete": "circle", "stopped early": "circle-open", "failed": "x", "unfinished": "diamond-open"}
+
+
+class _Look(NamedTuple):
+    """How an outcome is drawn, so that it is known without its colour too."""
+
+    colour: str
+    symbol: str
+    dash: str
+    hatch: str
+
+
+_LOOKS = {
+    "complete": _Look(BLUE, "circle", "solid", ""),
+    "stopped early": _Look(SKY, "circle-open", "dot", ""),
+    "failed": _Look(VERMILION, "x", "dashdot", "x"),
+    "unfinished": _Look(ORANGE, "diamond-open", "dash", "/"),
+    "best": _Look(GREEN, "circle", "solid", ""),
+}
 
 IMPORTANCE_TRIALS = 10
 """Fewer scored trials say nothing of importance; as many as the sampler draws at random before it learns."""
 
-_DARKER = [[0.0, "#c3d5e4"], [1.0, "#08306b"]]
-"""Colours of scores, low to high."""
+_DARKER = [[0.0, "#7397bb"], [1.0, "#08306b"]]
+"""Colours of scores, low to high; the lowest is still seen on white."""
 
 _ROOM = {"t": 72}
 """Above a plot, for a legend that takes two lines on a phone."""
@@ -81,27 +97,28 @@ def history(trials: Sequence[FrozenTrial]) -> go.Figure:
             y=np.maximum.accumulate([score(t) for t in known]),
             mode="lines",
             name="best so far",
-            line={"color": COLOURS["best"], "shape": "hv", "width": 2},
+            line={"color": _LOOKS["best"].colour, "shape": "hv", "width": 2},
             hoverinfo="skip",
         )
     )
     _add_points(figure, known, [t.number for t in known])
-    figure.update_xaxes(title="trial, in the order of their start", **_whole(known[-1].number))
-    return figure.update_yaxes(title=MAP).update_layout(margin=_ROOM)
+    ends = [known[0].number - 0.5, known[-1].number + 0.5]
+    figure.update_xaxes(title="trial, in the order of their start", range=ends, **_whole(known[-1].number))
+    return figure.update_yaxes(title=MAP, range=_scale(known)).update_layout(margin=_ROOM)
 
 
 def learning_curves(trials: Sequence[FrozenTrial], best: int) -> go.Figure:
     """Draw every trial's validation mAP by epoch; of trials without records, the best so far."""
     figure, named = go.Figure(), set()
     for trial in sorted(scored(trials), key=lambda t: (t.number == best, t.number)):
-        name = "best" if trial.number == best else outcome(trial)
+        name, width = ("best", 3) if trial.number == best else (outcome(trial), 1.2)
+        look = _LOOKS[name]
         curve = {row["epoch"]: row["map"] for row in epochs(trial)} or trial.intermediate_values
         x = sorted(curve)
         figure.add_scatter(
             x=x, y=[curve[e] for e in x], mode="lines+markers", name=name, legendgroup=name,
-            showlegend=name not in named, opacity=1 if name == "best" else 0.6,
-            line={"color": COLOURS[name], "width": 3 if name == "best" else 1.5},
-            marker={"size": 6 if name == "best" else 4},
+            showlegend=name not in named, line={"color": look.colour, "dash": look.dash, "width": width},
+            marker={"size": 5, "symbol": look.symbol},
             hovertemplate=f"trial {trial.number}, epoch %{{x}}: %{{y:.4f}}<extra></extra>",
         )  # fmt: skip
         named.add(name)
@@ -142,10 +159,10 @@ def as_complete(trials: Sequence[FrozenTrial]) -> optuna.Study:
 def parallel_coordinates(trials: Sequence[FrozenTrial]) -> go.Figure:
     """Draw each trial as a line through its score and its parameters; at `None` where it lacks one."""
     figure = optuna.visualization.plot_parallel_coordinate(as_complete(trials), target_name="mAP")
-    # Optuna's lightest blue does not show on white. A line begins at its score, as a share of the axis.
+    # Optuna's own are too light. A line begins at its score, as a share of the axis.
     for line in (trace for trace in figure.data if trace.mode == "lines"):
         (colour,) = plotly.colors.sample_colorscale(_DARKER, [line.y[0]])
-        line.update(line={"color": colour, "width": 2}, opacity=0.8)
+        line.update(line={"color": colour, "width": 1.5}, opacity=1)
     figure.update_traces(
         marker={"colorscale": _DARKER, "colorbar": {"thickness": 12}}, selector={"mode": "markers"}
     )
@@ -197,12 +214,10 @@ def importance(trials: Sequence[FrozenTrial]) -> go.Figure:
 def slices(trials: Sequence[FrozenTrial]) -> dict[str, go.Figure]:
     """Draw the score against each parameter's domain, by the parameter's name; all on one scale."""
     known = scored(trials)
-    scores = [score(t) for t in known]
-    room = 0.05 * max(max(scores) - min(scores), 0.02)
     names = sorted({name for t in known for name in t.params})
     figures = {name: _slice([t for t in known if name in t.params], name) for name in names}
     for figure in figures.values():
-        figure.update_yaxes(title=MAP, range=[min(scores) - room, max(scores) + room])
+        figure.update_yaxes(title=MAP, range=_scale(known))
         figure.update_layout(height=300, margin=BUTTONS)
     return figures
 
@@ -232,11 +247,12 @@ def pareto_front(study: optuna.Study, trials: Sequence[FrozenTrial]) -> go.Figur
     front = sorted((t for t in complete if t.number in numbers), key=lambda t: t.values)
     others = [t for t in complete if t.number not in numbers]
     figure = go.Figure()
-    for some, name, colour in ((others, "beaten in both", SKY), (front, "Pareto front", GREEN)):
+    kinds = ((others, "beaten in both", SKY, "circle-open"), (front, "Pareto front", GREEN, "circle"))
+    for some, name, colour, symbol in kinds:
         figure.add_scatter(
             x=[t.values[0] for t in some], y=[t.values[1] for t in some], name=name,
-            mode="lines+markers" if some is front else "markers", marker={"size": 9, "color": colour},
-            line={"dash": "dot"}, text=[_hover(t) for t in some],
+            mode="lines+markers" if some is front else "markers", text=[_hover(t) for t in some],
+            marker=_point(colour, symbol), line={"color": colour, "dash": "dot"},
             hovertemplate="%{text}<br>%{y:.0f} tiles/s<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(title=MAP)
@@ -294,14 +310,30 @@ def timeline(stretches: Sequence[Stretch]) -> go.Figure:
             base=[s.start for _, s in some], y=[lane for lane, _ in some], orientation="h", name=name,
             x=[(s.end - s.start).total_seconds() * 1000 for _, s in some],
             text=[s.trial.number for _, s in some], textposition="inside",
-            insidetextanchor="middle", textangle=0,
+            insidetextanchor="middle", textangle=0, showlegend=True, **_bar(name),
             customdata=[_hover(s.trial) for _, s in some], hovertemplate="%{customdata}<extra></extra>",
-            marker={"color": COLOURS[name], "line": {"color": "white", "width": 1}}, showlegend=True,
         )  # fmt: skip
     order = [f"{host} · {i + 1}" for host, ends in lanes.items() for i in range(len(ends))]
     figure.update_xaxes(title="time (UTC)", type="date")
     figure.update_yaxes(title="machine", categoryorder="array", categoryarray=order[::-1])
     return figure.update_layout(barmode="overlay", height=200 + 34 * len(order), margin=_ROOM)
+
+
+def _point(colour: str, symbol: str) -> dict[str, Any]:
+    return {"color": colour, "symbol": symbol, "size": 9, "line": {"color": colour, "width": 1.5}}
+
+
+def _bar(name: str) -> dict[str, Any]:
+    """Fill the bars of complete trials; the others are open, as their symbols are, and hatched."""
+    look = _LOOKS[name]
+    if name == "complete":
+        return {
+            "textfont_color": "white",
+            "marker": {"color": look.colour, "line": {"color": "white", "width": 1}},
+        }
+    hatch = {"shape": look.hatch, "fgcolor": look.colour, "fgopacity": 1, "solidity": 0.1}
+    edge = {"color": look.colour, "width": 1.5}
+    return {"textfont_color": INK, "marker": {"color": "white", "line": edge, "pattern": hatch}}
 
 
 def _add_points(figure: go.Figure, trials: Sequence[FrozenTrial], x: Sequence[Any], **more: Any) -> None:
@@ -312,9 +344,16 @@ def _add_points(figure: go.Figure, trials: Sequence[FrozenTrial], x: Sequence[An
             figure.add_scatter(
                 x=[value for value, _ in some], y=[score(t) for _, t in some], mode="markers", name=name,
                 text=[_hover(t) for _, t in some], hovertemplate="%{text}<extra></extra>",
-                marker={"color": COLOURS[name], "symbol": _SYMBOLS[name], "size": 9},
+                marker=_point(_LOOKS[name].colour, _LOOKS[name].symbol),
                 cliponaxis=False, **more,
             )  # fmt: skip
+
+
+def _scale(trials: Sequence[FrozenTrial]) -> list[float]:
+    """Return the ends of an axis that all scores fit on, also where they are one."""
+    scores = [score(t) for t in trials]
+    room = max(0.05 * (max(scores) - min(scores)), 0.005)
+    return [min(scores) - room, max(scores) + room]
 
 
 def _log_ticks(values: Sequence[float]) -> dict[str, Any]:

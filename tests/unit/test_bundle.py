@@ -14,8 +14,8 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from saltray import bundle, checkpoint, inference, rle, run
-from saltray.config import DEBUG, ModelConfig
+from saltray import bundle, checkpoint, ensemble_bundle, inference, rle, run, splitting
+from saltray.config import DEBUG, ModelConfig, Split
 from saltray.model import build_model
 from saltray.training import to_input
 
@@ -43,8 +43,10 @@ def make_bundle(folder: Path, config: ModelConfig = DEBUG.model, seed: int = 0) 
     return folder
 
 
-def make_run(folder: Path) -> Path:
-    settings = run.Settings(data="/surveys/gulf {2}", space="space.py", trials=3, epochs=2, seed=7)
+def make_run(folder: Path, split: Split = "coverage") -> Path:
+    settings = run.Settings(
+        data="/surveys/gulf {2}", space="space.py", split=split, trials=3, epochs=2, seed=7
+    )
     run.write_settings(folder, settings, "0123abcd")
     return folder
 
@@ -164,6 +166,24 @@ def test_the_card_tells_the_score_away_from_the_training_tiles(tmp_path: Path) -
         "1,234 that lie beside no training tile, as far as edges tell | 0.7011 |"
     )
     assert lines[place + 2].startswith("| all tiles predicted empty")
+
+
+@pytest.mark.parametrize(("split", "flatters"), [("coverage", True), ("neighbours", False)])
+def test_the_cards_tell_what_the_split_does_with_neighbours(
+    tmp_path: Path, split: Split, flatters: bool
+) -> None:
+    folder = make_bundle(make_run(tmp_path, split) / "best.new")
+    bundle.write_card(folder)
+    best = (folder / bundle.CARD).read_text()
+    facts: dict[str, Any] = {"models": 1, "folds": 5, "in_sample": 0.7, "cross_fitted": 0.6, "spread": 0.1}
+    facts |= {"candidates": [{"name": "trial 3", "weight": 1.0, "by_fold": [0.6, 0.7]}]}
+    bundle.add_metrics(folder, facts)
+    ensemble_bundle.write_card(folder)
+    ensemble = (folder / bundle.CARD).read_text()
+    for card in (best, ensemble):
+        assert f"- {splitting.NEIGHBOURS[split]}" in " ".join(card.split())
+        assert ("flatters the score on the other" in " ".join(card.split())) == flatters
+    assert ("coverage and keeping neighbours together, seed 7" in " ".join(best.split())) == (not flatters)
 
 
 @pytest.mark.parametrize(("tta", "min_area", "depth"), [(False, 0, False), (True, 3000, True)])

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image
 
 from saltray import data_page, demo, explore, survey
 from saltray.cli import run_program
-from saltray.config import UserError
+from saltray.config import Split, UserError
+from saltray.splitting import NEIGHBOURS
+from tests.unit.contrast import LEAST, contrasts
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,16 @@ def test_a_report_is_written_and_never_over_another_file(
     code = call(monkeypatch, str(pristine), "--out", str(out))
     assert code == f"error: {out}: already there; remove it or choose another --out"
     assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("split", ["coverage", "neighbours"])
+def test_the_split_is_told_as_it_is(pristine: Path, tmp_path: Path, split: Split) -> None:
+    data = survey.read(str(pristine), 0, split)._replace(neighbours=np.array([[0, 1]]))
+    data_page.build(data, "tiles", 0, split).write(tmp_path / "page.html")
+    _, _, section = unescape(text(tmp_path / "page.html")).partition(f"--split {split} trains")
+    assert NEIGHBOURS[split] in section
+    for words in ("flatters the score", "--split neighbours leaves none"):
+        assert (words in section) == (split == "coverage")
 
 
 def test_what_cannot_be_explored_leaves_no_file(
@@ -118,6 +131,19 @@ def test_pictures_are_spread_over_their_class_and_tiny_masks_framed(pristine: Pa
         orange = (np.asarray(picture.image) == (255, 150, 0)).all(axis=2)
         assert orange.any(axis=0).sum() > 10  # a frame inside the tile, at its corner as well
     assert data_page._picture(tiny, 2).text.split("\n")[1].startswith("empty")
+
+
+def test_figures_are_seen_on_white(pristine: Path) -> None:
+    tiles = survey.read(str(pristine), 0).labelled
+    figures = [
+        data_page.depth_figure({"labelled": tiles["z"], "test": tiles["z"]}),
+        data_page.salt_by_depth(tiles),
+        data_page.coverage_by_depth(tiles[tiles["pixels"] > 0]),
+        data_page.coverage_figure(tiles["coverage"]),
+        data_page.balance_figure({"training": tiles, "validation": tiles}),
+    ]
+    for figure in figures:
+        assert min(contrasts(figure)) >= LEAST
 
 
 def test_refusal_comes_before_the_data_are_read(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
-from saltray.page import PREDICTION, TRUTH, Page, Picture, overlay
+from saltray.page import COLOURS, INK, PREDICTION, SOFT, TRUTH, Page, Picture, overlay
+from tests.unit.contrast import LEAST, contrast
 
 HOSTILE = """<script>alert("1")</script>'"><img src=x onerror=alert(1)>&amp;"""
 
@@ -44,6 +45,7 @@ def full_page(text: str) -> Page:
     page.section(text, text)
     page.note(text)
     page.facts({text: text})
+    page.command(text)
     page.names([text, text], text)
     page.table(pd.DataFrame({text: [text], "n": [1]}), text)
     page.pictures([Picture(np.zeros((2, 3), np.uint8), text)], text)
@@ -56,13 +58,37 @@ def read(page: Page, folder: Path) -> Reader:
     return Reader((folder / "page.html").read_text(encoding="utf-8"))
 
 
+def test_the_palette_is_seen_on_white() -> None:
+    assert (contrast("white"), contrast("black")) == (1, 21)
+    assert contrast("#767676") == pytest.approx(4.54, abs=0.005)  # the W3C's own example of enough for text
+    assert min(map(contrast, COLOURS)) >= LEAST
+    assert min(map(contrast, (INK, SOFT))) >= 4.5  # text
+
+
 def test_text_from_anywhere_is_escaped(tmp_path: Path) -> None:
     plain, hostile = read(full_page("plain"), tmp_path), read(full_page(HOSTILE), tmp_path)
     assert [name for name, _ in hostile.elements] == [name for name, _ in plain.elements]
     assert hostile.texts.count(HOSTILE) == plain.texts.count("plain")
     (picture,) = (attributes for name, attributes in hostile.elements if name == "img")
-    assert picture["alt"] == HOSTILE
     assert picture.keys() == {"src", "alt"}
+
+
+def test_a_screen_reader_and_the_keyboard_reach_all(tmp_path: Path) -> None:
+    page = full_page("plain")
+    page.figure(go.Figure(), "wide", min_width=2000)
+    written = read(page, tmp_path)
+    assert {a["scope"] for name, a in written.elements if name == "th"} == {"col"}
+    boxes = [a for _, a in written.elements if a.get("class") == "scroll"]
+    regions = [a for a in boxes if "role" in a]
+    assert len(boxes) == 3
+    assert len(regions) == 2  # a figure as wide as the page is not scrolled
+    captions = [a["id"] for name, a in written.elements if name == "figcaption" and "id" in a]
+    assert len(set(captions)) == len(captions)
+    for region in regions:
+        assert (region["role"], region["tabindex"]) == ("region", "0")
+        assert region["aria-labelledby"] in captions
+    # The text beside a picture says what it shows, and need not be heard twice.
+    assert [a["alt"] for name, a in written.elements if name == "img"] == [""]
 
 
 def test_nothing_is_asked_for_outside_the_file(tmp_path: Path) -> None:

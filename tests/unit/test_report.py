@@ -13,9 +13,11 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from saltray import report, run, sections, tile_figures, trial_figures, validation
-from saltray.config import UserError
+from saltray.config import Split, UserError
+from saltray.splitting import NEIGHBOURS
 from saltray.study import score
 from tests.runs import START, make_run, make_trial
+from tests.unit.contrast import LEAST, contrasts
 
 TITLES = [
     "Result", "Best configuration", "Validation tiles", "Salt, depth and score", "Threshold",
@@ -55,6 +57,13 @@ def told(folder: Path) -> tuple[dict[str, str], str]:
     return {title: unescape(re.sub(r"<[^>]+>", " ", text)) for title, text in without_scripts.items()}, html
 
 
+def change_settings(folder: Path, **settings: Any) -> None:
+    """Write other settings into a run's folder."""
+    content = json.loads((folder / "run.json").read_text())
+    content["settings"] |= settings
+    (folder / "run.json").write_text(json.dumps(content))
+
+
 def test_a_run_tells_everything(tmp_path: Path, trials: list[FrozenTrial]) -> None:
     folder = make_run(tmp_path, trials, predicted=True)
     text, html = told(folder)
@@ -67,10 +76,38 @@ def test_a_run_tells_everything(tmp_path: Path, trials: list[FrozenTrial]) -> No
     assert "blocks 4" in text["Best configuration"]
     assert "OSError: <script>alert(1)</script>" in text["Trials"]
     assert "<script>alert" not in html
-    assert "7, of the split" in text["Environment"]
     assert "abc123" in text["Environment"]
     assert "secret" not in html
     assert "u:pw" not in html
+
+
+def test_the_environment_has_the_whole_command(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, [])
+    change_settings(
+        folder,
+        **{
+            "searcher": "gp",
+            "scheduler": "none",
+            "split": "neighbours",
+            "workers_per_trial": 2,
+            "patience": 4,
+        },
+        **{"skip_bad": True, "folds": 3, "warm_start": "s3://me@bucket/run"},
+    )
+    words = " ".join(told(folder)[0]["Environment"].split())
+    options = run.options(run.read_settings(folder), folder.resolve() / "space.py")
+    assert f"python -m saltray.tune {options.replace('user:secret@', '')} tiles 0," in words
+    for option in ("--searcher gp", "--skip-bad", "--seed 7", "s3://me@bucket/run"):
+        assert option in words
+
+
+@pytest.mark.parametrize("split", ["coverage", "neighbours"])
+def test_neighbours_flatter_only_where_the_split_parts_them(tmp_path: Path, split: Split) -> None:
+    folder = make_run(tmp_path, [])
+    change_settings(folder, split=split)
+    result = told(folder)[0]["Result"]
+    assert NEIGHBOURS[split] in result
+    assert ("flatters" in result) == (split == "coverage")
 
 
 @pytest.mark.parametrize(
@@ -160,10 +197,7 @@ def test_an_ensemble_has_its_section(
 
 def test_an_ensemble_that_is_still_to_come_is_told(tmp_path: Path, trials: list[FrozenTrial]) -> None:
     folder = make_run(tmp_path, trials)
-    file = folder / "run.json"
-    content = json.loads(file.read_text())
-    content["settings"]["folds"] = 5
-    file.write_text(json.dumps(content))
+    change_settings(folder, folds=5)
     assert "still to come" in told(folder)[0]["Folds and ensemble"]
 
 
@@ -242,6 +276,22 @@ def test_what_is_damaged_is_named_and_an_old_report_stays(
 def test_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the folder of a run"):
         report.write(tmp_path)
+
+
+def test_a_history_of_one_trial_is_drawn_around_it() -> None:
+    layout = trial_figures.history([_numbered(make_trial(TrialState.COMPLETE, [0.82]), 3)]).layout
+    assert layout.xaxis.range == (2.5, 3.5)
+    assert layout.yaxis.range == pytest.approx((0.815, 0.825))
+
+
+def test_a_leap_of_the_loss_is_explained(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, [make_trial(TrialState.COMPLETE, [0.4, 0.5])], predicted=True)
+    assert "leaps" not in told(folder)[0]["Training of the best"]
+    file = folder / "best" / "config.json"
+    loss = {"name": "bce", "then": "lovasz_elu", "switch_at": 0.4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"loss": loss}))
+    words = "The loss leaps where lovasz_elu takes the place of bce, after 40% of the epochs."
+    assert words in told(folder)[0]["Training of the best"]
 
 
 def test_the_history_counts_every_score(trials: list[FrozenTrial]) -> None:
@@ -340,6 +390,41 @@ def test_a_classs_score_agrees_with_an_obvious_loop() -> None:
     assert known == {
         "none": (0.5, 2), "0–10": (pytest.approx(0.6), 2), "10–20": (0.2, 1), "90–100": (0.9, 1),
     }  # fmt: skip
+
+
+def test_figures_of_trials_are_seen_without_their_colours(trials: list[FrozenTrial]) -> None:
+    every = [_numbered(t, i) for i, t in enumerate([*trials, make_trial(TrialState.FAIL, [0.3])])]
+    curves = trial_figures.learning_curves(every, 4).data
+    looks = {(c.name, c.line.dash, c.marker.symbol, c.line.width) for c in curves}
+    bars = {
+        (b.name, b.marker.color == "white", b.marker.pattern.shape)
+        for b in trial_figures.timeline(trial_figures.stretches(every)).data
+    }
+    for known, outcomes in ((looks, 5), (bars, 4)):
+        assert len(known) == len({row[0] for row in known}) == outcomes  # one an outcome
+        assert len({row[1:] for row in known}) == outcomes  # and no two alike
+
+
+def test_figures_are_seen_on_white(trials: list[FrozenTrial]) -> None:
+    numbered = [_numbered(t, i) for i, t in enumerate(trials)]
+    study = optuna.create_study(directions=["maximize", "maximize"])
+    study.add_trials([make_trial(TrialState.COMPLETE, [v], values=[v, v]) for v in (0.3, 0.5)])
+    table = validation.tabulate(["a", "b"], [0, 50], [0, 40], [9, 60], [1, 2])
+    figures = [
+        trial_figures.history(numbered),
+        trial_figures.learning_curves(numbered, 4),
+        trial_figures.training_curves(trial_figures.epochs(numbered[4])),
+        trial_figures.parallel_coordinates(numbered),
+        trial_figures.importance(numbered),
+        *trial_figures.slices(numbered).values(),
+        trial_figures.pareto_front(study, study.trials),
+        trial_figures.timeline(trial_figures.stretches(numbered)),
+        tile_figures.threshold_curve({"0.40": 0.6, "0.50": 0.7}, 0.5),
+        tile_figures.score_by([1.0], [0.5], [0, 2], "salt"),
+        tile_figures.coverages(table),
+    ]
+    for figure in figures:
+        assert min(contrasts(figure)) >= LEAST
 
 
 def _numbered(trial: FrozenTrial, number: int) -> FrozenTrial:
