@@ -331,9 +331,20 @@ def disconnect() -> None:
     ray.shutdown()
 
 
+def demo_data(folder: Path) -> Path:
+    """Return where a run without data of its own keeps its synthetic tiles."""
+    return folder / "demo" / "data"
+
+
 def nodes() -> list[dict[str, float]]:
     """Return the resources of each live machine."""
     return [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def cpus() -> tuple[float, float]:
+    """Return how many CPUs nobody holds now, and how many there are."""
+    free, known = ray.available_resources(), ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return free.get("CPU", 0.0), known.get("CPU", 0.0)
 
 
 @contextlib.contextmanager

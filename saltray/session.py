@@ -1,16 +1,13 @@
 """One session of a search, from the checks at its start to the submission at its end."""
 
 import contextlib
-import shlex
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pandas as pd
-from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.markup import escape
 
@@ -26,27 +23,25 @@ from saltray import (
     search,
     splitting,
     storage,
-    submission,
+    summary,
     tracking,
 )
 from saltray import space as spaces
-from saltray.config import counted
+from saltray.config import UserError
 from saltray.folds import Data
-from saltray.metrics import Postprocessing
 from saltray.plan import Plan, PlanError, plan
 from saltray.space import Space
 from saltray.study import (
+    NoStudyError,
     Place,
     count,
     create_study,
     load_study,
-    objective_of,
     refuse_taken_name,
-    score,
 )
 from saltray.trial import Tiles
-from saltray.view import LiveView, text
-from saltray.warmstart import adopt
+from saltray.view import LiveView
+from saltray.warmstart import adopt, is_adopted
 
 CHECKED = 20
 """Configurations drawn from a space, and their networks built, before a search begins."""
@@ -81,19 +76,20 @@ def start(
     console = _console()
     dashboard = _connect(console, address)
     try:
+        summary.tell_busy(console)
         chosen = plan_for(settings, space)
         _probe(console, home)
-        if settings.data == str(demo_data(folder)):
+        if settings.data == str(run.demo_data(folder)):
             console.print("No --data: making synthetic seismic tiles.")
-            demo.write(demo_data(folder).parent, train=DEMO_TILES, test=200, seed=settings.seed)
+            demo.write(run.demo_data(folder).parent, train=DEMO_TILES, test=200, seed=settings.seed)
         data, left_out = _read(console, settings)
         run.create(folder, space.path)
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
             with run.quiet(folder / "logs" / "search.log"):
                 study = create_study(place, settings.objective, space.path.read_text())
-            _tell_start(console, data, left_out, settings, chosen, dashboard)
-            if other is not None and before is not None:
+            summary.tell_start(console, data, left_out, settings, chosen, dashboard)
+            if before is not None and other is not None:
                 _adopt(console, study, other, space, settings, data, before)
             _search_and_predict(console, mirror, settings, space, chosen, data, study)
     finally:
@@ -108,11 +104,14 @@ def resume(
     space = spaces.load(folder / "space.py")
     place = Place(folder, url or settings.study, settings.study_name)
     study: optuna.Study | None = None
-    # Without a study, the run was cut off before it made one.
-    if place.url is not None or (folder / "study.db").exists():
+    try:
         with run.quiet(None):
             study = load_study(place)
         spaces.refuse_change(study.user_attrs.get("space", ""), space.path)
+    except NoStudyError:
+        if storage.names(home.trials):
+            raise
+        # The run was cut off before it made one.
     _check(space, settings)
     console = _console()
     if Path(settings.space).is_file() and Path(settings.space).read_text() != space.path.read_text():
@@ -121,7 +120,10 @@ def resume(
         )
     dashboard = _connect(console, address)
     try:
+        summary.tell_busy(console)
         left = max(0, settings.trials - count(study).ended) if study else 0
+        if settings.objective == "map+speed":
+            left = settings.trials  # few that are left would get more CPUs each, and be faster for it
         # It may go on without a GPU, which then adds no GPU-hours.
         chosen = plan_for(settings.model_copy(update={"gpu_hours": None}), space, left or None)
         _probe(console, home)
@@ -130,15 +132,13 @@ def resume(
             run.write_settings(folder, settings, data.fingerprint)
             with run.quiet(folder / "logs" / "search.log"):
                 study = study or create_study(place, settings.objective, space.path.read_text())
-            _tell_start(console, data, left_out, settings, chosen, dashboard)
+            summary.tell_start(console, data, left_out, settings, chosen, dashboard)
+            if settings.warm_start and not is_adopted(study):  # the run was cut off before, or within it
+                before = run.fetched(settings.warm_start)
+                _adopt(console, study, _load_other(before), space, settings, data, before)
             _search_and_predict(console, mirror, settings, space, chosen, data, study)
     finally:
         run.disconnect()
-
-
-def demo_data(folder: Path) -> Path:
-    """Return where a run without data of its own keeps its synthetic tiles."""
-    return folder / "demo" / "data"
 
 
 def _console() -> Console:
@@ -147,7 +147,9 @@ def _console() -> Console:
 
 def _connect(console: Console, address: str | None) -> str:
     if tracking.lacks_mlflow():
-        console.print("MLFLOW_TRACKING_URI: nothing is logged there without pip install -e '.[mlflow]'")
+        console.print(
+            "MLFLOW_TRACKING_URI: nothing is logged there without pip install -e '.[mlflow]'", markup=False
+        )
     with console.status("starting Ray"), run.quiet(None):
         tracking.mlflow_client()  # where it is asked for and cannot be reached, this is told now
         return run.connect(address)
@@ -247,9 +249,10 @@ def _adopt(
             f"Warm start: {folder} had other {' and '.join(differs)}, so that its scores do not compare; "
             f"its {taken} best parameters are tried first.",
             soft_wrap=True,
+            markup=False,
         )
     else:
-        console.print(f"Warm start: {taken} results of {folder} taken over.", soft_wrap=True)
+        console.print(f"Warm start: {taken} results of {folder} taken over.", soft_wrap=True, markup=False)
 
 
 def _search_and_predict(
@@ -277,13 +280,19 @@ def _search_and_predict(
         submit = not (folder / ensemble_bundle.FOLDER).exists()
         best, facts = outcome.publish_best(folder, study, data, submit=submit)
         tracking.log_best(study, folder / "best", {k: facts[k] for k in ("threshold", "validation_map")})
+    problem: UserError | None = None
     if settings.blends:
-        # The best model is on the disk by now, whatever becomes of what follows.
+        # The best model is on the disk by now; its report follows, whatever becomes of this.
         job = blend.Job(console, mirror, settings, study, data, chosen, started)
-        facts["ensemble"] = blend.run_all(job)
+        try:
+            facts["ensemble"] = blend.run_all(job)
+        except UserError as error:
+            problem = error
     with console.status("writing the report"), run.quiet(folder / "logs" / "report.log"):
         facts["report"] = _report(folder, study)
-    _tell_end(console, mirror.home, settings, study, best, facts, reached)
+    summary.tell_end(console, mirror.home, settings, study, best, facts, reached)
+    if problem is not None:
+        raise problem
 
 
 def _report(folder: Path, study: optuna.Study) -> str:
@@ -293,78 +302,3 @@ def _report(folder: Path, study: optuna.Study) -> str:
     except Exception as error:
         traceback.print_exc()
         return f"not written: {type(error).__name__}: {error}"
-
-
-def _tell_start(
-    console: Console,
-    data: Data,
-    left_out: dict[str, str],
-    settings: run.Settings,
-    chosen: Plan,
-    dashboard: str,
-) -> None:
-    if left_out:
-        console.print(f"[yellow]{counted(len(left_out), 'bad tile')} left out[/], such as {min(left_out)}")
-    console.print(
-        f"[bold]{data.training.count()}[/] training, [bold]{data.validation.count()}[/] validation, "
-        f"[bold]{data.test.count()}[/] test tiles.  "
-        f"[bold]{settings.extent}[/], {chosen}.",
-        soft_wrap=True,
-    )
-    if settings.folds is not None:
-        budget = ", within this session's time budget" if settings.time_budget else ""
-        console.print(f"Refits on {settings.folds} folds begin when all trials are done{budget}.")
-    if dashboard:
-        console.print(f"Ray's dashboard: {dashboard}")
-
-
-def _tell_end(
-    console: Console,
-    home: storage.Home,
-    settings: run.Settings,
-    study: optuna.Study,
-    best: FrozenTrial,
-    facts: dict[str, Any],
-    reached: str,
-) -> None:
-    folder = home.folder
-    counts = count(study)
-    waiting = f", {counts.waiting} cut off" if counts.waiting else ""
-    lines = {"ended because": reached} if reached else {}
-    lines |= {
-        "best": f"[bold green]trial {best.number}[/]  {text(best.params)}",
-        "validation mAP": f"[bold]{score(best):.4f}[/] at probability 0.50, "
-        f"[bold]{facts['validation_map']:.4f}[/] {Postprocessing.of(facts)}, chosen on these tiles",
-    }
-    if lone := facts.get("lone"):
-        lines["on lone tiles"] = (
-            f"{lone['map']:.4f} on those {lone['tiles']} that lie beside no training tile"
-        )
-    ended = f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed"
-    lines["trials"] = ended + waiting
-    if objective_of(study) == "map+speed":
-        front = sorted(study.best_trials, key=lambda t: -t.values[0])
-        lines["Pareto front"] = "\n".join(
-            f"trial {t.number}: mAP {t.values[0]:.4f} at {t.values[1]:.0f} tiles/s" for t in front
-        ).replace("\n", "\n" + " " * 16)
-    ensemble = facts.get("ensemble", {})
-    lines |= blend.in_words(ensemble)
-    truth = demo_data(folder).with_name("truth.csv")
-    if truth.is_file():
-        hidden = submission.score(folder / "submission.csv", truth)
-        empty = submission.empty_score(truth)
-        lines["hidden test mAP"] = f"[bold]{hidden:.4f}[/]; an all-empty submission {empty:.4f}"
-    lines["submission"] = escape(f"{home}/submission.csv")
-    lines["model"] = escape(f"{home}/best")
-    if "models" in ensemble:
-        lines["ensemble's"] = escape(f"{home}/ensemble")
-    warnings = {"lost": "lost", "without ONNX": "onnx_problem"}
-    lines |= {name: f"[yellow]{escape(facts[key])}[/]" for name, key in warnings.items() if key in facts}
-    lines["report"] = escape(facts["report"])
-    lines["logs"] = escape(f"{home}/logs")
-    if counts.waiting or ensemble.get("waiting") or ensemble.get("trials_left"):
-        lines["go on"] = f"python -m saltray.tune --resume {shlex.quote(str(home))}"
-    lines["repeat"] = f"python -m saltray.tune {escape(run.options(settings, folder / 'space.py'))}"
-    for name, value in lines.items():
-        # Soft-wrapped: paths and commands stay whole, to be copied.
-        console.print(f"[dim]{name:<16}[/]{value}", soft_wrap=True)

@@ -43,6 +43,10 @@ class StudyError(UserError):
     """The study cannot be used, or has no answer."""
 
 
+class NoStudyError(StudyError):
+    """There is no such study."""
+
+
 @dataclass(frozen=True)
 class Counts:
     """A study's own trials by what became of them."""
@@ -88,7 +92,7 @@ def without_password(url: str) -> str:
             f"--study {parts.get_backend_name()}://...: a PostgreSQL server is meant "
             "(postgresql://user@host/database); without --study it is an SQLite file in the run's folder"
         )
-    query = {name: value for name, value in parts.query.items() if name != "password"}
+    query = {name: value for name, value in parts.query.items() if name not in ("password", "sslpassword")}
     open_part = (parts.drivername, parts.username, None, parts.host, parts.port, parts.database)
     return sqlalchemy.URL.create(*open_part, query=query).render_as_string()
 
@@ -194,7 +198,7 @@ def load_study(place: Place | Path) -> optuna.Study:
     """
     place = place if isinstance(place, Place) else Place(place)
     if place.url is None and not (place.folder / "study.db").is_file():
-        raise StudyError(f"{place.folder}: no study.db in it; not the folder of a run")
+        raise NoStudyError(f"{place.folder}: no study.db in it; not the folder of a run")
     storage = open_storage(place)
     try:
         return _load(place, storage)
@@ -208,7 +212,7 @@ def _load(place: Place, storage: RDBStorage) -> optuna.Study:
         study = optuna.load_study(study_name=place.name, storage=storage)
     except KeyError:
         names = ", ".join(optuna.get_all_study_names(storage)) or "none"
-        raise StudyError(f"{place}: no such study in it; there are: {names}") from None
+        raise NoStudyError(f"{place}: no such study in it; there are: {names}") from None
     version = study.user_attrs.get("format", FORMAT)
     if version > FORMAT:
         raise StudyError(f"{place}: written by a newer saltray (format {version}); update saltray")

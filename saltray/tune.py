@@ -46,8 +46,9 @@ def main(
     resume: Annotated[
         str | None,
         typer.Option(
-            help="Go on with this run. Data, split, seed, epochs and objective are its own; searcher, "
-            "scheduler, trials, budgets, resources and what follows the search may change.",
+            help="Go on with this run. Tiles, split, seed, epochs and objective are its own; searcher, "
+            "scheduler, trials, budgets, resources, what follows the search, and where the tiles lie may "
+            "change.",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -195,10 +196,12 @@ def main(
     if resume is not None:
         if dry_run:
             raise UserError("--dry-run: shows the plan of a new run; it does not go with --resume")
-        _refuse_given({"data": data, "out": out, "warm_start": warm_start} | fixed)
+        _refuse_given({"out": out, "warm_start": warm_start} | fixed)
         home = storage.home(located(resume))
         run.fetch(home)
-        settings = _resumed(home.folder, space, server, free | {"time_budget": budget})
+        own = run.demo_data(home.folder)  # a run that was moved has taken its synthetic tiles along
+        moved = located(data) if data else str(own) if own.is_dir() else None
+        settings = _resumed(home.folder, space, server, free | {"time_budget": budget, "data": moved})
         session.resume(home, settings, address=address, url=study)
         return
     if data is None:
@@ -211,7 +214,7 @@ def main(
     folder = home.folder
     place = {"study": server, "study_name": folder.name if server else None, "time_budget": budget}
     where = {
-        "data": located(data) if data else str(session.demo_data(folder)),
+        "data": located(data) if data else str(run.demo_data(folder)),
         "space": str(space.resolve()),
         "warm_start": located(warm_start) if warm_start else None,
     }

@@ -60,8 +60,18 @@ def test_killed_in_the_middle_resume_finishes_without_repeating(
     program.end()
     ended = {t.number: t.datetime_complete for t in load_study(run).trials if t.state.is_finished()}
     assert ended
+    # The run was moved, and so were its tiles; others are refused.
     run = run.rename(tmp_path / "moved")
-    start("saltray.tune", "--resume", run).finish()
+    tiles = shutil.copytree(files / "data", tmp_path / "tiles")
+    other = Path(shutil.copytree(tiles, tmp_path / "other"))
+    *kept, last = (other / "train.csv").read_text().splitlines()
+    (other / "train.csv").write_text("\n".join(kept) + "\n")
+    for kind in ("images", "masks"):
+        (other / "train" / kind / f"{last.partition(',')[0]}.png").unlink()
+    refused = start("saltray.tune", "--resume", run, "--data", other).finish(1)
+    assert "not the labelled tiles" in refused and "Traceback" not in refused
+    start("saltray.tune", "--resume", run, "--data", tiles).finish()
+    assert json.loads((run / "run.json").read_text())["settings"]["data"] == str(tiles)
     trials = load_study(run).trials
     # From their last epochs, of which the one under way is done again.
     assert all(len(epochs_of(t)) <= len(t.intermediate_values) + 1 for t in trials)

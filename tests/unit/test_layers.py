@@ -60,6 +60,7 @@ LAYERS = [
     ["sections"],
     ["report"],
     ["blend"],
+    ["summary"],
     ["session"],
     ["preview"],
     ["tune", "predict", "score", "explore"],
@@ -149,7 +150,7 @@ def test_only_the_search_and_its_readers_know_optuna() -> None:
         "tracking",
         "refits",
     }
-    known |= {"blend", "session", "preview"}
+    known |= {"blend", "summary", "session", "preview"}
     known |= {"ensemble_section", "trial_figures", "tile_figures", "findings", "sections", "report"}
     assert {name for name in MODULES if foreign(name, "optuna")} <= known
 

@@ -9,7 +9,7 @@ from optuna.trial import BaseTrial, TrialState, create_trial
 from saltray import study as studies
 from saltray.limits import ended_without_gain
 from saltray.study import Place, StudyError, count, create_study, load_study
-from saltray.warmstart import adopt
+from saltray.warmstart import adopt, is_adopted
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +94,9 @@ class TestRefusals:
 
 
 def test_the_server_is_named_without_its_password() -> None:
-    for url in ("postgresql://me:secret@host:5432/db", "postgresql://me@host:5432/db?password=secret"):
-        assert studies.without_password(url) == "postgresql://me@host:5432/db"
+    end = "host:5432/db"
+    for url in (f"me:secret@{end}", f"me@{end}?password=secret", f"me@{end}?sslpassword=secret"):
+        assert studies.without_password(f"postgresql://{url}") == f"postgresql://me@{end}"
 
 
 def known(state: TrialState, params: dict[str, Any], *values: float) -> optuna.trial.FrozenTrial:
@@ -149,6 +150,21 @@ class TestAdopt:
         with pytest.raises(StudyError, match="no trial"):
             studies.best_trial(study)
 
+    def test_cut_off_it_may_be_done_again(self, tmp_path: Path, other: Any) -> None:
+        study = create_study(Place(tmp_path))
+        other.add_trial(known(TrialState.COMPLETE, {"rate": 4.0}, 0.8))
+
+        def fails(trial: BaseTrial) -> None:
+            if trial.suggest_float("rate", 0, 5) == 4.0:
+                raise ValueError("no such network")
+            trial.suggest_categorical("kind", ["a", "b", "c"])
+
+        assert not is_adopted(study)
+        for _ in range(2):
+            assert adopt(study, other, fails, "runs/before", compares=True) == 2
+        assert [t.params for t in study.trials] == [{"rate": 1.5, "kind": "a"}, {"kind": "b"}]
+        assert is_adopted(study)
+
     def test_the_best_are_proposed_where_scores_do_not_compare(self, tmp_path: Path, other: Any) -> None:
         study = create_study(Place(tmp_path))
         assert adopt(study, other, draw, "runs/before", compares=False) == 2
@@ -156,6 +172,18 @@ class TestAdopt:
         trial = study.ask()
         draw(trial)
         assert trial.params == {"kind": "a", "rate": 1.5}
+
+
+def test_a_database_without_the_study_is_told_from_a_broken_one(tmp_path: Path) -> None:
+    with pytest.raises(studies.NoStudyError, match=r"no study\.db"):
+        load_study(tmp_path)
+    studies.open_storage(Place(tmp_path))  # as a session leaves it that is killed before it makes the study
+    with pytest.raises(studies.NoStudyError, match="no such study in it; there are: none"):
+        load_study(tmp_path)
+    (tmp_path / "study.db").write_bytes(b"SQLite format 3\0" * 64)
+    with pytest.raises(StudyError) as caught:
+        load_study(tmp_path)
+    assert not isinstance(caught.value, studies.NoStudyError)
 
 
 def test_checkpoints_are_found_where_the_run_lies_now(tmp_path: Path) -> None:
