@@ -108,8 +108,11 @@ def together(config: dict[str, Any], count: int, cpus: float = 1.0) -> float:
     try:
         ray.get([worker.rate.remote() for worker in workers])  # until all are up, they do not share it
         return float(sum(ray.get([worker.rate.remote() for worker in workers])))
-    except torch.cuda.OutOfMemoryError:
-        return 0.0
+    except RuntimeError as error:
+        # PyTorch, CUDA, cuDNN and cuBLAS each say in words of their own that there is no room.
+        if any(word in str(error) for word in ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED")):
+            return 0.0
+        raise
     finally:
         for worker in workers:
             ray.kill(worker)

@@ -191,6 +191,8 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
         # Tune's process held an earlier trial, whose cached blocks those that share the GPU cannot use.
         gc.collect()
         torch.cuda.empty_cache()
+        if resources.gpus < 1:  # more than its share would be out of memory for those that share the GPU
+            torch.cuda.set_per_process_memory_fraction(resources.gpus)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
     def start(epoch: int) -> Iterator[stream.Tensors]:

@@ -19,6 +19,7 @@ FIRST = {
     "scse": True,
     "hypercolumn": True,
     "deep_supervision": True,
+    "depth": True,
     "upscale": 1,
     "second_loss": "lovasz_elu",
     "switch_at": 0.4,
@@ -40,7 +41,8 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
         "second_loss", ["none", "lovasz", "lovasz_elu", "lovasz_elu_symmetric"]
     )
     if second != "none":
-        loss = {"then": second, "switch_at": trial.suggest_float("switch_at", 0.1, 0.8, step=0.1)}
+        # ASHA compares after 3, 9 and 27 epochs: of 50 or 100, either all trials are past the switch or none.
+        loss = {"then": second, "switch_at": trial.suggest_float("switch_at", 0.3, 0.5, step=0.1)}
     return {
         "model": {
             "encoder": trial.suggest_categorical("encoder", encoders),
@@ -54,6 +56,7 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
             "scse": trial.suggest_categorical("scse", [False, True]),
             "hypercolumn": trial.suggest_categorical("hypercolumn", [False, True]),
             "deep_supervision": trial.suggest_categorical("deep_supervision", [False, True]),
+            "depth": trial.suggest_categorical("depth", [False, True]),
             "upscale": trial.suggest_categorical("upscale", [1, 2]),
         },
         "loss": loss,

@@ -1,7 +1,10 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 
+from saltray import packing
 from saltray.config import DEBUG
 from saltray.packing import best_count, gpu_share, most_side_by_side
 from saltray.plan import PlanError, plan
@@ -54,3 +57,37 @@ def test_without_a_gpu_it_is_refused() -> None:
         gpu_share(DEBUG, [{"CPU": 64}])
     with pytest.raises(PlanError, match="fewer than 1 CPUs for each GPU"):
         gpu_share(DEBUG, [{"CPU": 1, "GPU": 2}])
+
+
+class _NoRay:
+    """A Ray whose networks all end in one error."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self
+
+    def get(self, _: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_gpu_without_room_is_no_error_whatever_says_so(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(packing, "ray", _NoRay(error))
+    assert packing.together({}, 2) == 0.0
+    monkeypatch.setattr(packing, "ray", _NoRay(RuntimeError("shape mismatch")))
+    with pytest.raises(RuntimeError, match="shape"):
+        packing.together({}, 2)
