@@ -21,6 +21,7 @@ from saltray import (
     report,
     run,
     search,
+    shared_folder,
     splitting,
     storage,
     summary,
@@ -157,7 +158,7 @@ def _connect(console: Console, address: str | None) -> str:
 
 def _probe(console: Console, home: storage.Home) -> None:
     with console.status("trying the run's folder from every machine"), run.quiet(None):
-        storage.probe(home)
+        shared_folder.probe(home)
 
 
 def _check(space: Space, settings: run.Settings) -> None:

@@ -16,16 +16,13 @@ import socket
 import sqlite3
 import tempfile
 import time
-import uuid
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
-import ray
 from ray import tune
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saltray.config import UserError
 
@@ -37,9 +34,6 @@ UNSENT = ".unsent"
 
 BUNDLES = ("best", "ensemble")
 """A run's folders that are made anew in whole: what an older one had more goes from a copy as well."""
-
-PROBE_SECONDS = 60.0
-"""How long a machine may take to show that it sees the run's folder."""
 
 _LOG = logging.getLogger("ray.saltray.storage")
 
@@ -102,6 +96,15 @@ def names(where: str) -> list[str]:
     except OSError as error:
         raise StorageError(f"{where}: cannot be read: {error}") from None
     return [info.base_name for info in infos]
+
+
+def read_text(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
+    """Read a file; an empty text where there is none. Raises OSError."""
+    try:
+        with filesystem.open_input_stream(path) as file:
+            return bytes(file.read()).decode()
+    except FileNotFoundError:
+        return ""
 
 
 def openable(root: str, path: str) -> str:
@@ -167,7 +170,7 @@ def _goes_on(place: Home) -> bool:
     """Tell whether a working folder has all sessions that its URI has, in its `run.json`."""
     filesystem, path = open_uri(f"{place.uri}/run.json")
     try:
-        text = _read(filesystem, path)
+        text = read_text(filesystem, path)
     except OSError as error:
         raise StorageError(f"{place}: cannot be read: {error}") from None
     there = json.loads(text)["sessions"] if text else []
@@ -308,92 +311,3 @@ class Mirroring(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Mirror an end at once."""
         self._mirror.push_now()
-
-
-def probe(place: Home) -> None:
-    """Make sure that every live machine reads what this one writes at the run's place, and vice versa.
-
-    A new run's folder is not made for it: its nearest parent is tried.
-
-    Raises:
-        StorageError: naming the machine and the path.
-    """
-    nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-    if place.uri is None and len(nodes) < 2:
-        return
-    root = str(place) if place.uri else str(_existing(place.folder))
-    mark = f"{root}/.saltray-probe-{uuid.uuid4().hex}"
-    filesystem, path = open_uri(mark)
-    advice = "A run's folder must be shared by all machines: choose an --out on NFS, or s3://"
-    here = socket.gethostname()
-    try:
-        with _removed(filesystem, path):
-            _write(filesystem, path, here)
-            for node in nodes:
-                with _removed(filesystem, f"{path}-{node['NodeID']}"):
-                    name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-                    problem = _ask(node["NodeID"], name, mark, here)
-                    if problem:
-                        raise StorageError(
-                            f"{place}: {name} does not share it with {here}: {problem}. {advice}"
-                        )
-                    if _read(filesystem, f"{path}-{node['NodeID']}") != node["NodeID"]:
-                        raise StorageError(f"{place}: {here} does not see what {name} wrote there. {advice}")
-    except OSError as error:
-        raise StorageError(f"{place}: {here} cannot write there: {error}") from None
-
-
-def _ask(node: str, name: str, mark: str, expected: str) -> str:
-    """Let a machine read the mark and write its own; return what went wrong with the files.
-
-    Raises:
-        StorageError: saltray does not run there.
-    """
-    strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    task = ray.remote(_answer).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0)
-    try:
-        return str(ray.get(task.remote(node, mark, expected), timeout=PROBE_SECONDS))
-    except ray.exceptions.GetTimeoutError:
-        return f"no answer within {PROBE_SECONDS:g} s"
-    except ray.exceptions.RayError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise StorageError(f"{name}: saltray does not run there: {last}. Is it installed?") from None
-
-
-def _answer(node: str, mark: str, expected: str) -> str:
-    """Read the mark, and write this machine's; return what went wrong."""
-    try:
-        filesystem, path = open_uri(mark)
-        found = _read(filesystem, path)
-        if found != expected:
-            return f"it reads {found!r} there"
-        _write(filesystem, f"{path}-{node}", node)
-    except (OSError, StorageError) as error:
-        return str(error)
-    return ""
-
-
-def _existing(folder: Path) -> Path:
-    return next(p for p in (folder, *folder.parents) if p.is_dir())
-
-
-def _read(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
-    try:
-        with filesystem.open_input_stream(path) as file:
-            return bytes(file.read()).decode()
-    except FileNotFoundError:
-        return ""
-
-
-def _write(filesystem: pyarrow.fs.FileSystem, path: str, text: str) -> None:
-    with filesystem.open_output_stream(path) as file:
-        file.write(text.encode())
-
-
-@contextlib.contextmanager
-def _removed(filesystem: pyarrow.fs.FileSystem, path: str) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            filesystem.delete_file(path)

@@ -30,6 +30,7 @@ LAYERS = [
     ["trial"],
     ["space"],
     ["storage"],
+    ["shared_folder"],
     ["study"],
     ["warmstart"],
     ["engine"],
