@@ -43,13 +43,19 @@ def stage(folder: Path, checkpoint_path: str) -> Path:
 
     Returns:
         `best.new/`.
+
+    Raises:
+        CheckpointError: it is damaged, or gone.
     """
     fresh = begin(folder, "best")
-    with Checkpoint(checkpoint_path).as_directory() as name:
-        source = Path(name)
-        weights, config = checkpoint.load_weights(source), checkpoint.load_config(source)
-        snapshots = checkpoint.load_snapshots(source)
-        checkpoint.save(fresh, weights, config, checkpoint.load_metrics(source), snapshots=snapshots)
+    try:
+        with Checkpoint(checkpoint_path).as_directory() as name:
+            source = Path(name)
+            weights, config = checkpoint.load_weights(source), checkpoint.load_config(source)
+            snapshots = checkpoint.load_snapshots(source)
+            checkpoint.save(fresh, weights, config, checkpoint.load_metrics(source), snapshots=snapshots)
+    except FileNotFoundError:  # behind a URI, where nobody looks before
+        raise checkpoint.CheckpointError(f"{checkpoint_path}: no such folder") from None
     return fresh
 
 

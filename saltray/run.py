@@ -170,7 +170,8 @@ def write_settings(folder: Path, settings: Settings, tiles: str) -> None:
         "format": FORMAT,
         "tiles": tiles,
         "settings": settings.model_dump(),
-        "sessions": [*sessions, environment()],
+        # With the host, no two machines' sessions are alike, though they begin in the same second.
+        "sessions": [*sessions, environment() | {"host": socket.gethostname()}],
     }
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -7,7 +7,6 @@ waits there with its parameters and its checkpoint, and a resumed search reads w
 import errno
 import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune import TuneError
 from ray.tune.search import Searcher
 
 from saltray.checkpoint import TRAINING
@@ -24,7 +24,7 @@ from saltray.engine import METRIC, make_sampler, make_scheduler
 from saltray.limits import Limits
 from saltray.plan import Plan
 from saltray.space import Space
-from saltray.storage import names, openable
+from saltray.storage import Overtaken, names, openable, trim
 from saltray.study import checkpoint_of, checkpoints_of, count, epochs_of, keep_trials_at, requeue
 from saltray.trial import Tiles, WorkerResources, run_trial
 
@@ -220,10 +220,7 @@ class StudySearch(Searcher):
 
 
 class Recorder(tune.Callback):
-    """Writes into the study what Tune tells its callbacks alone: checkpoints' places and errors.
-
-    Of an ended trial it keeps on disk what the study names, without the state to train on from.
-    """
+    """Writes into the study what Tune tells its callbacks alone: checkpoints' places and errors."""
 
     def __init__(self, search: StudySearch, limits: Limits) -> None:
         """Keep the search, and what ends it."""
@@ -258,33 +255,28 @@ class Recorder(tune.Callback):
                 f"{self._crashes} trials in a row crashed without an epoch, the last of: {reason}. "
                 "Mend it, then go on with the run: --resume"
             )
-        if self._limits.problem is not None:
-            return
-        self._search.record_failure(trial.trial_id, reason, crashed=True)
-        self._trim(trial)
+        if self._limits.problem is None:
+            self._search.record_failure(trial.trial_id, reason, crashed=True)
+
+
+class Trimmer(tune.Callback):
+    """Keeps of an ended trial's files what the study names, without the state to train on from.
+
+    It is called last: a mirrored study names what is dropped until its mirror knows of the trial's end.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        """Keep the study."""
+        self._study = study
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Make room on the disk."""
-        self._trim(trial)
+        """Make room."""
+        known = self._study.get_trials(deepcopy=False)[trial.config["number"]]
+        place = checkpoint_of(self._study, known)
+        if known.state.is_finished() and place is not None:
+            trim(place, TRAINING)
 
-    def _trim(self, trial: Any) -> None:
-        study = self._search.study
-        known = study.get_trials(deepcopy=False)[trial.config["number"]]
-        path = checkpoint_of(study, known)
-        if known.state.is_finished() and path is not None and "://" not in path:
-            trim(Path(path))
-
-
-def trim(folder: Path) -> None:
-    """Drop what only training on needs: a trial's older checkpoints, of all sessions, and the newest's state.
-
-    Args:
-        folder: the newest checkpoint of a trial that has ended, `session-SS/NNNN/checkpoint_CCCCCC`.
-    """
-    for other in folder.parents[2].glob(f"session-*/{folder.parent.name}/checkpoint_*"):
-        if other < folder:
-            shutil.rmtree(other, ignore_errors=True)
-    (folder / TRAINING).unlink(missing_ok=True)
+    on_trial_error = on_trial_complete
 
 
 def run_search(
@@ -314,6 +306,7 @@ def run_search(
 
     Raises:
         SearchError: the space fails at draw after draw, the disk is full, or trial after trial crashes.
+        UserError: of a callback.
     """
     keep_trials_at(study, trials_at)
     requeue(study)
@@ -357,19 +350,31 @@ def run_search(
             stop=limits,
             verbose=0,
             log_to_file=True,
-            callbacks=[Recorder(searcher, limits), *callbacks],
+            callbacks=[Recorder(searcher, limits), *callbacks, Trimmer(study)],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
             # Two: the study may still name the one before the newest, and the newest may be damaged.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         ),
     )
-    try:
-        tuner.fit()
-    finally:
-        requeue(study)
+    _fit(tuner, study)
     if limits.problem is not None:
         raise limits.problem
     return limits.reached
+
+
+def _fit(tuner: tune.Tuner, study: optuna.Study) -> None:
+    """Run the trials; those that are cut off wait then. What the user can mend is raised as it was."""
+    try:
+        tuner.fit()
+    except BaseException as error:
+        # Tune makes a text of what a callback raises.
+        cause = error.__context__ if isinstance(error, TuneError) else error
+        if not isinstance(cause, Overtaken):  # a server's study has them as the other session's by now
+            requeue(study)
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise
+    requeue(study)
 
 
 def _trial_name(trial: Any) -> str:

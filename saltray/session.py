@@ -87,6 +87,7 @@ def start(
         run.create(folder, space.path)
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
+            mirror.push()  # from now on, another session that still has the run is told
             with run.quiet(folder / "logs" / "search.log"):
                 study = create_study(place, settings.objective, space.path.read_text())
             summary.tell_start(console, data, left_out, settings, chosen, dashboard)
@@ -131,6 +132,7 @@ def resume(
         data, left_out = _read(console, settings)
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
+            mirror.push()  # from now on, another session that still has the run is told
             with run.quiet(folder / "logs" / "search.log"):
                 study = study or create_study(place, settings.objective, space.path.read_text())
             summary.tell_start(console, data, left_out, settings, chosen, dashboard)

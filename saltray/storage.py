@@ -42,6 +42,10 @@ class StorageError(UserError):
     """The run's folder cannot be used from every machine; the message names machine and path."""
 
 
+class Overtaken(StorageError):
+    """Another session has gone on with the run behind the URI; this one must not write there any more."""
+
+
 @dataclass(frozen=True)
 class Home:
     """A run's folder: where its small files are worked on, and its URI if they are mirrored."""
@@ -92,9 +96,13 @@ def names(where: str) -> list[str]:
     """List what lies at a path or URI, by name; none where there is no folder. Raises StorageError."""
     filesystem, path = open_uri(where)
     try:
-        infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+        return _names(filesystem, path)
     except OSError as error:
         raise StorageError(f"{where}: cannot be read: {error}") from None
+
+
+def _names(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
+    infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
     return [info.base_name for info in infos]
 
 
@@ -113,6 +121,27 @@ def openable(root: str, path: str) -> str:
     return f"{scheme}://{path}" if separator and "://" not in path else path
 
 
+def trim(place: str, state: str) -> None:
+    """Drop what only training on needs: a trial's older checkpoints, of all sessions, and the newest's state.
+
+    What cannot be deleted stays: it costs room and nothing else.
+
+    Args:
+        place: path or URI of the newest checkpoint of a trial that has ended,
+            `session-SS/NNNN/checkpoint_CCCCCC`.
+        state: the name of the file in it that holds the state.
+    """
+    with contextlib.suppress(StorageError, OSError):
+        filesystem, path = open_uri(place)
+        root, session, trial, newest = path.rsplit("/", 3)
+        for other in _names(filesystem, root):
+            folder = f"{root}/{other}/{trial}"
+            for older in _names(filesystem, folder) if other.startswith("session-") else ():
+                if older.startswith("checkpoint_") and (other, older) < (session, newest):
+                    filesystem.delete_dir(f"{folder}/{older}")
+        filesystem.delete_file(f"{path}/{state}")
+
+
 def fetch(place: Home) -> None:
     """Copy a mirrored run's small files to its working folder, over what an earlier session left there.
 
@@ -120,17 +149,12 @@ def fetch(place: Home) -> None:
     has here and not at the URI is deleted, once all that the URI has is here.
 
     Raises:
-        StorageError: the URI cannot be read or written, or holds no run; or another machine has gone on with
-            it, so that neither side is the newer one.
+        StorageError: the URI cannot be read or written, or holds no run; or it is `Overtaken`, so that
+            neither side is the newer one.
     """
     if place.uri is None:
         return
     if (place.folder / UNSENT).exists() and (place.folder / "run.json").exists():
-        if not _goes_on(place):
-            raise StorageError(
-                f"{place.folder}: holds what an earlier session could not copy to {place}, with which "
-                "another machine has gone on since. Move that folder away to take what the URI holds"
-            )
         with Mirror(place):
             pass  # its end copies
     found = names(place.uri)
@@ -166,16 +190,26 @@ def _keep(kept: Container[Path], folder: Path) -> None:
             path.rmdir()
 
 
-def _goes_on(place: Home) -> bool:
-    """Tell whether a working folder has all sessions that its URI has, in its `run.json`."""
-    filesystem, path = open_uri(f"{place.uri}/run.json")
+def _refuse_overtaken(place: Home, filesystem: pyarrow.fs.FileSystem, root: str) -> None:
+    """Raise Overtaken unless a working folder has all sessions that its URI has, in its `run.json`."""
     try:
-        text = read_text(filesystem, path)
+        there = _sessions(read_text(filesystem, f"{root}/run.json"))
     except OSError as error:
         raise StorageError(f"{place}: cannot be read: {error}") from None
-    there = json.loads(text)["sessions"] if text else []
-    here = json.loads((place.folder / "run.json").read_text())["sessions"]
-    return bool(here[: len(there)] == there)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{place}/run.json: damaged: {error}") from None
+    file = place.folder / "run.json"
+    if _sessions(file.read_text() if file.exists() else "")[: len(there)] != there:
+        raise Overtaken(
+            f"{place}: another session, on {there[-1].get('host', 'another machine')}, has gone on with this "
+            f"run. What could not be copied since is in {place.folder} on {socket.gethostname()} alone; "
+            "move that folder away to take what the URI holds"
+        )
+
+
+def _sessions(text: str) -> list[dict[str, Any]]:
+    """Return the sessions that a `run.json` tells of; none where it is empty."""
+    return list(json.loads(text)["sessions"]) if text else []
 
 
 def _files(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
@@ -188,7 +222,12 @@ def _files(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
 
 @dataclass
 class Mirror:
-    """Copies a working folder's files to the run's URI when they have changed; does nothing without one."""
+    """Copies a working folder's files to the run's URI when they have changed; does nothing without one.
+
+    Of sessions on two machines, the one that has copied its `run.json` has the run; one that does not know of
+    it is refused at its next copy. A small window remains: both may look before either has written. Then the
+    later to write has the run, and copies anew what the other wrote in that moment as soon as it changes.
+    """
 
     home: Home
     _sent: dict[Path, tuple[int, int]] = field(default_factory=dict)
@@ -203,9 +242,12 @@ class Mirror:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Copy what the end has left; a failure to copy hides no other."""
-        if kind is None:
+        try:
             self.push()
-        elif not self.push_now():
+        except StorageError as error:
+            if kind is None:
+                raise
+            _LOG.warning("%s", error)
             return
         (self.home.folder / UNSENT).unlink(missing_ok=True)
 
@@ -214,12 +256,15 @@ class Mirror:
 
         Raises:
             StorageError: the URI cannot be written.
+            Overtaken: another session has gone on with the run; nothing is written.
         """
         if self.home.uri is None:
             return
         filesystem, root = open_uri(self.home.uri)
         self._last = time.monotonic()
-        for file in sorted(self.home.folder.rglob("*")):
+        _refuse_overtaken(self.home, filesystem, root)
+        # run.json first: it is what tells another session.
+        for file in sorted(self.home.folder.rglob("*"), key=lambda file: (file.name != "run.json", file)):
             name = file.relative_to(self.home.folder)
             if (
                 not file.is_file()
@@ -266,18 +311,18 @@ class Mirror:
         self._pruned[bundle] = here
 
     def push_soon(self) -> None:
-        """Copy what has changed if that was not done a moment ago; a failure waits for the next time."""
+        """Do as `push_now` does if that was not done a moment ago."""
         if time.monotonic() - self._last > MIRROR_SECONDS:
             self.push_now()
 
-    def push_now(self) -> bool:
-        """Copy what has changed, and tell whether that went well; a failure is logged, and tried again."""
+    def push_now(self) -> None:
+        """Copy what has changed; a failure is logged, and tried again. Raises Overtaken."""
         try:
             self.push()
+        except Overtaken:
+            raise
         except StorageError as error:
             _LOG.warning("%s", error)
-            return False
-        return True
 
 
 def _database(file: Path) -> bytes:
@@ -292,7 +337,10 @@ def _database(file: Path) -> bytes:
 
 
 class Mirroring(tune.Callback):
-    """Mirrors the run while its trials go on. It is called after the study knows of an event."""
+    """Mirrors the run while its trials go on. It is called after the study knows of an event.
+
+    What it raises, Overtaken, ends the search.
+    """
 
     def __init__(self, mirror: Mirror) -> None:
         """Keep the mirror."""

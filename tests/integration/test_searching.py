@@ -10,11 +10,12 @@ import pytest
 import ray
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune import TuneError
 from ray.tune.schedulers import FIFOScheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from saltray import bundle, checkpoint, dataset, demo, search, splitting, stream, tracking
-from saltray.config import SearchConfig
+from saltray import bundle, checkpoint, dataset, demo, search, splitting, storage, stream, tracking
+from saltray.config import SearchConfig, UserError
 from saltray.plan import Plan
 from saltray.space import Space
 from saltray.study import Counts, Place, best_trial, count, create_study, epochs_of, load_study, score
@@ -69,6 +70,40 @@ class Interrupter(tune.Callback):
     ) -> None:
         if (trial.config["number"], result["epoch"]) == self.place:
             signal.raise_signal(signal.SIGINT)
+
+
+class Raiser(tune.Callback):
+    """Raises when a trial reports its first epoch."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+    ) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "left"),
+    [
+        (UserError("mend it"), TrialState.WAITING),
+        # On a database server it runs elsewhere by now.
+        (storage.Overtaken("host-2 has gone on"), TrialState.RUNNING),
+    ],
+)
+def test_what_the_user_can_mend_ends_the_search_as_it_was_raised(
+    tiles: Tiles, tmp_path: Path, error: UserError, left: TrialState
+) -> None:
+    with pytest.raises(UserError) as caught:
+        run_search(tmp_path, tiles, trials=1, epochs=2, callbacks=[Raiser(error)])
+    assert caught.value is error
+    (trial,) = load_study(tmp_path).trials
+    assert (trial.state, list(trial.intermediate_values)) == (left, [1])
+    with pytest.raises(TuneError, match="ZeroDivisionError"):
+        run_search(tmp_path, tiles, trials=1, epochs=2, callbacks=[Raiser(ZeroDivisionError())])
+    assert count(run_search(tmp_path, tiles, trials=1, epochs=2)).complete == 1
+    assert not leaked_groups()
 
 
 def reported_epochs(study: Any) -> list[list[int]]:

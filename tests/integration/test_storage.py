@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.fs
 import pytest
 
-from saltray import demo, storage, study
+from saltray import checkpoint, demo, storage, study
 from tests.integration.programs import SPACE, Program
 
 
@@ -66,7 +66,7 @@ def test_a_run_on_s3_is_read_written_and_resumed(s3: str, tmp_path: Path) -> Non
         "--trials",
         "1",
         "--epochs",
-        "1",
+        "3",
         "--out",
         out,
     )
@@ -81,9 +81,15 @@ def test_a_run_on_s3_is_read_written_and_resumed(s3: str, tmp_path: Path) -> Non
     tune = Program("saltray.tune", "--resume", out, "--trials", "2")
     assert "2 complete" in tune.finish()
     trials = study.load_study(place.folder).trials
-    assert [
-        t.user_attrs["checkpoint"].startswith(f"{out}/trials/session-0{n + 1}/") for n, t in enumerate(trials)
-    ]
+    named = [t.user_attrs["checkpoint"] for t in trials]
+    assert [path.startswith(f"{out}/trials/session-0{n}/") for n, path in enumerate(named, start=1)] == [
+        True
+    ] * 2
+    filesystem, root = storage.open_uri(f"{out}/trials")
+    written = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
+    weights = [f"s3://{info.path}" for info in written if info.base_name == checkpoint.WEIGHTS]
+    assert sorted(weights) == sorted(f"{path}/{checkpoint.WEIGHTS}" for path in named)
+    assert not [info.path for info in written if info.base_name == checkpoint.TRAINING]
     submission, sample = (
         pd.read_csv(f.open_input_stream(path))
         for f, path in map(storage.open_uri, (f"{out}/submission.csv", f"{s3}/tgs/sample_submission.csv"))
@@ -113,7 +119,7 @@ def test_the_mirror_copies_what_changed_and_a_fetch_brings_it_back(s3: str, tmp_
     place = storage.Home(tmp_path / "here", f"{s3}/mirror")
     place.folder.mkdir()
     study.create_study(study.Place(place.folder)).ask().report(0.5, 1)
-    (place.folder / "run.json").write_text("{}")
+    (place.folder / "run.json").write_text('{"sessions": []}')
     (place.folder / ".lock").touch()
     best = place.folder / "best"
     best.mkdir()

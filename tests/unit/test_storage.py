@@ -34,9 +34,10 @@ def test_names_of_an_absent_folder_are_none(tmp_path: Path) -> None:
     assert storage.names(str(tmp_path / "absent")) == []
 
 
-def make_session(place: storage.Home, sessions: list[int]) -> None:
-    place.folder.mkdir(parents=True, exist_ok=True)
-    (place.folder / "run.json").write_text(json.dumps({"sessions": sessions}))
+def make_session(folder: Path, numbers: list[int]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    sessions = [{"host": f"host-{number}"} for number in numbers]
+    (folder / "run.json").write_text(json.dumps({"sessions": sessions}))
 
 
 @pytest.fixture
@@ -47,15 +48,17 @@ def place(tmp_path: Path) -> storage.Home:
 def test_what_a_session_could_not_copy_is_copied_before_a_fetch(place: storage.Home, tmp_path: Path) -> None:
     bucket = tmp_path / "bucket" / "run"
     bucket.mkdir(parents=True)
-    make_session(place, [1])
+    make_session(place.folder, [1])
     with storage.Mirror(place):
         pass
     assert not (place.folder / storage.UNSENT).exists() and (bucket / "run.json").exists()
     with pytest.raises(KeyboardInterrupt), storage.Mirror(place) as mirror:
         mirror.push()
         (place.folder / "submission.csv").write_text("newer")
-        mirror.push_now = lambda: False  # type: ignore[method-assign]
+        (bucket / "submission.csv").mkdir()  # where no file can be written
         raise KeyboardInterrupt
+    assert (place.folder / storage.UNSENT).exists()
+    (bucket / "submission.csv").rmdir()
     storage.fetch(place)
     assert (place.folder / "submission.csv").read_text() == "newer"
     assert (bucket / "submission.csv").read_text() == "newer"
@@ -89,7 +92,7 @@ def copied(place: storage.Home, tmp_path: Path) -> Path:
     bucket = tmp_path / "bucket" / "run"
     for folder in (bucket, place.folder):
         write(folder, *OLD, *OLDER, *OTHERS)
-        make_session(storage.Home(folder), [1])
+        make_session(folder, [1])
     return bucket
 
 
@@ -163,15 +166,99 @@ def test_bundles_that_were_not_sent_are_not_deleted_by_a_fetch(place: storage.Ho
     assert not (place.folder / "ensemble").exists()  # it would be taken for one
 
 
+def sessions(bucket: Path) -> list[str]:
+    return [session["host"] for session in json.loads((bucket / "run.json").read_text())["sessions"]]
+
+
+OVERTAKEN = r"another session, on host-2, has gone on .* is in .*/work on .* alone; move that folder away"
+
+
 def test_a_run_with_which_two_machines_went_on_is_refused(place: storage.Home, tmp_path: Path) -> None:
     bucket = tmp_path / "bucket" / "run"
-    bucket.mkdir(parents=True)
-    (bucket / "run.json").write_text(json.dumps({"sessions": [1, 2]}))
-    make_session(place, [1, 3])
+    make_session(bucket, [1, 2])
+    make_session(place.folder, [1, 3])
     (place.folder / storage.UNSENT).touch()
-    with pytest.raises(storage.StorageError, match="another machine has gone on"):
+    with pytest.raises(storage.Overtaken, match=OVERTAKEN):
         storage.fetch(place)
-    assert json.loads((place.folder / "run.json").read_text())["sessions"] == [1, 3]
+    assert (sessions(place.folder), sessions(bucket)) == (["host-1", "host-3"], ["host-1", "host-2"])
+
+
+def test_a_session_with_whose_run_another_has_gone_on_copies_nothing_more(
+    place: storage.Home, tmp_path: Path
+) -> None:
+    bucket = tmp_path / "bucket" / "run"
+    bucket.mkdir(parents=True)
+    make_session(place.folder, [1])
+    elsewhere = storage.Home(tmp_path / "elsewhere", place.uri)
+    with pytest.raises(storage.Overtaken, match=OVERTAKEN), storage.Mirror(place) as cut_off:
+        cut_off.push()
+        elsewhere.folder.mkdir()
+        storage.fetch(elsewhere)
+        make_session(elsewhere.folder, [1, 2])
+        with storage.Mirror(elsewhere):
+            pass
+        write(place.folder, "submission.csv")
+        for mirror in (
+            storage.Mirroring(cut_off).on_trial_complete,
+            storage.Mirroring(cut_off).on_trial_error,
+        ):
+            with pytest.raises(storage.Overtaken):
+                mirror(0, [], None)
+    assert files(bucket) == {"run.json"} and sessions(bucket) == ["host-1", "host-2"]
+    assert (place.folder / storage.UNSENT).exists()
+    assert not (elsewhere.folder / storage.UNSENT).exists()
+
+
+def test_of_two_sessions_that_resume_at_once_the_first_to_copy_has_the_run(
+    place: storage.Home, tmp_path: Path
+) -> None:
+    bucket = tmp_path / "bucket" / "run"
+    make_session(bucket, [1])
+    elsewhere = storage.Home(tmp_path / "elsewhere", place.uri)
+    for home, number in ((elsewhere, 2), (place, 3)):
+        home.folder.mkdir()
+        storage.fetch(home)
+        make_session(home.folder, [1, number])
+    storage.Mirror(elsewhere).push()
+    with pytest.raises(storage.Overtaken, match=OVERTAKEN):
+        storage.Mirror(place).push()
+    assert sessions(bucket) == ["host-1", "host-2"]
+
+
+def test_being_overtaken_hides_no_other_error(place: storage.Home, tmp_path: Path) -> None:
+    make_session(tmp_path / "bucket" / "run", [1, 2])
+    make_session(place.folder, [1])
+    with pytest.raises(ZeroDivisionError), storage.Mirror(place):
+        raise ZeroDivisionError
+
+
+def test_a_run_file_at_the_uri_that_is_damaged_is_told(place: storage.Home, tmp_path: Path) -> None:
+    bucket = tmp_path / "bucket" / "run"
+    make_session(bucket, [1])
+    (bucket / "run.json").write_text("{")
+    make_session(place.folder, [1])
+    with pytest.raises(storage.StorageError, match=r"bucket/run/run\.json: damaged"):
+        storage.Mirror(place).push()
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_an_ended_trial_keeps_its_newest_checkpoint_without_the_training_state(
+    scheme: str, tmp_path: Path
+) -> None:
+    stays = {"session-01/0001/checkpoint_000001/training.pt", "session-02/0000/result.json", "space.py"}
+    stays |= {f"session-02/0000/checkpoint_00000{n}/{name}" for n in (4, 5) for name in ("weights", "config")}
+    stays |= {"session-03/0000/checkpoint_000000/training.pt"}  # of a session that overtook this one
+    goes = {f"session-{s}/0000/checkpoint_00000{n}/training.pt" for s, n in (("01", 9), ("02", 3), ("02", 4))}
+    goes |= {"session-01/0000/checkpoint_000008/snapshots/weights"}
+    write(tmp_path, *stays, *goes)
+    newest = f"{scheme}{tmp_path}/session-02/0000/checkpoint_000004"
+    for _ in range(2):  # the second time there is nothing left to do
+        storage.trim(newest, "training.pt")
+        assert files(tmp_path) == stays
+    assert not (tmp_path / "session-01/0000/checkpoint_000009").exists()
+    shutil.rmtree(tmp_path / "session-02")
+    storage.trim(newest, "training.pt")
+    storage.trim("what://bucket/session-01/0000/checkpoint_000000", "training.pt")
 
 
 def test_a_killed_sessions_journal_is_not_played_into_the_fetched_study(
