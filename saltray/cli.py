@@ -1,10 +1,14 @@
 """What the command lines share."""
 
+import contextlib
 import errno
 import os
 import re
+import shutil
 import socket
 import sys
+import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +95,71 @@ def located(data: str) -> str:
             "or set the environment's AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     return data if "://" in data else str(Path(data).expanduser().resolve())
+
+
+class NewFile:
+    """The file that a command writes its result to: a path, or a URI that pyarrow writes (`s3://` ...)."""
+
+    def __init__(self, out: str) -> None:
+        """Make its folder and try that a file can be written there, before any work is done for it.
+
+        Raises:
+            UserError: it is there already, or cannot be written.
+        """
+        from pyarrow import fs
+
+        self._out, place = out, located(out)
+        self._is_local = "://" not in place
+        try:
+            self._files, self._path = (
+                (fs.LocalFileSystem(), place) if self._is_local else fs.FileSystem.from_uri(place)
+            )
+            taken = self._files.get_file_info(self._path).type != fs.FileType.NotFound
+            if not taken:
+                self._try()
+        except (ValueError, OSError) as error:
+            raise UserError(f"{out}: cannot be written: {error}") from None
+        if taken:
+            raise UserError(f"{out}: already there; remove it or choose another --out")
+
+    def __str__(self) -> str:
+        """Return the place as the user named it."""
+        return self._out
+
+    def _try(self) -> None:
+        if self._is_local:
+            self._files.create_dir(str(Path(self._path).parent))
+        trial = f"{self._path}.{uuid.uuid4().hex}"
+        self._files.open_output_stream(trial).close()
+        with contextlib.suppress(OSError):  # who may write there need not be allowed to delete
+            self._files.delete_file(trial)
+
+    def write(self, write: Callable[[Path], object]) -> None:
+        """Let a function write the file at the path that it is given; for a URI it is copied there.
+
+        Raises:
+            UserError: it cannot be copied; the message says where it is.
+        """
+        if self._is_local:
+            write(Path(self._path))
+            return
+        folder = Path(tempfile.mkdtemp(prefix="saltray-"))
+        file = folder / Path(self._path).name
+        write(file)
+        try:
+            with self._files.open_output_stream(self._path) as stream:
+                stream.write(file.read_bytes())
+        except OSError as error:
+            host = socket.gethostname()
+            raise UserError(f"{self}: cannot be written: {error}. It is in {file} on {host}") from None
+        shutil.rmtree(folder)
+
+
+def local(path: str) -> Path:
+    """Return a path of this machine's; raises a UserError for a URI."""
+    if "://" in path:
+        raise UserError(f"{path}: a path on this machine is wanted here, not a URI")
+    return Path(path)
 
 
 def parse_duration(text: str | None) -> float | None:

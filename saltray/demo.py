@@ -15,6 +15,7 @@ import typer
 from PIL import Image
 
 from saltray import rle
+from saltray.cli import local, run_program
 from saltray.config import TILE, UserError
 
 EMPTY_SHARE = 0.39
@@ -106,14 +107,17 @@ def write(folder: Path, *, train: int, test: int, seed: int) -> Path:
         The folder of the data.
 
     Raises:
-        UserError: the folder already holds such data.
+        UserError: the folder already holds such data, or cannot be written.
     """
     data, truth = folder / "data", folder / "truth.csv"
     for path in (data, truth):
         if path.exists():
             raise UserError(f"{path}: already there; choose another folder")
-    for part in ("train/images", "train/masks", "test/images"):
-        (data / part).mkdir(parents=True)
+    try:
+        for part in ("train/images", "train/masks", "test/images"):
+            (data / part).mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}") from None
     rng = np.random.default_rng(seed)
     depths, codes = [], {}
     for number in range(train + test):
@@ -141,19 +145,17 @@ def _write_csv(file: Path, header: str, lines: list[str]) -> None:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Gets data/ and truth.csv.")],
+    folder: Annotated[str, typer.Argument(help="A folder of this machine; gets data/ and truth.csv.")],
     train: Annotated[int, typer.Option(min=10, help="Labelled tiles.")] = 480,
     test: Annotated[int, typer.Option(min=1, help="Test tiles.")] = 240,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write synthetic seismic tiles in the contest's layout."""
-    data = write(folder, train=train, test=test, seed=seed)
+    data = write(local(folder), train=train, test=test, seed=seed)
     typer.echo(
         f"{train} labelled and {test} test tiles in {data}; the test tiles' truth in {folder}/truth.csv"
     )
 
 
 if __name__ == "__main__":
-    from saltray.cli import run_program
-
     run_program(main)

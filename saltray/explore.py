@@ -1,35 +1,32 @@
 """`python -m saltray.explore`: a report of the data, before any model is trained on it."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from saltray.cli import located, run_program
-from saltray.config import Split, UserError, counted
+from saltray.cli import NewFile, located, run_program
+from saltray.config import Split, counted
 
 
 def main(
     data: Annotated[str, typer.Argument(metavar="DIR", help="The contest's folder, a path or URI.")],
-    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("explore.html"),
+    out: Annotated[str, typer.Option(help="The HTML file to write, a path or URI.")] = "explore.html",
     seed: Annotated[int, typer.Option(min=0, help="Of the split, as in the search.")] = 0,
     split: Annotated[Split, typer.Option(help="Kind of split, as in the search.")] = "coverage",
 ) -> None:
     """Write a report of the data: its salt, depths, odd tiles and split, as one HTML file."""
-    if out.exists():
-        raise UserError(f"{out}: already there; remove it or choose another --out")
+    file = NewFile(out)
     # Heavy imports wait until they are needed, so that --help answers at once.
     from saltray import data_page, survey
 
     uri = located(data)
     tiles = survey.read(uri, seed, split)
     page = data_page.build(tiles, uri, seed, split)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    page.write(out)
+    file.write(page.write)
     if tiles.problems:
         number = counted(len(tiles.problems), "bad tile")
         typer.echo(f"{number} left out, such as {min(tiles.problems)}", err=True)
-    typer.echo(f"{len(tiles.labelled)} labelled and {len(tiles.test)} test tiles: {out}")
+    typer.echo(f"{len(tiles.labelled)} labelled and {len(tiles.test)} test tiles: {file}")
 
 
 if __name__ == "__main__":

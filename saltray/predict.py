@@ -2,12 +2,11 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from saltray.cli import located, prepare_to_join, run_program
+from saltray.cli import NewFile, located, prepare_to_join, run_program
 from saltray.config import UserError, counted
 
 
@@ -16,7 +15,7 @@ def main(
         str, typer.Argument(help="A run's folder or URI, or a local folder such as its best/ or ensemble/.")
     ],
     data: Annotated[str, typer.Option(help="The contest's folder, a path or URI.")],
-    out: Annotated[Path, typer.Option(help="The submission to write.")],
+    out: Annotated[str, typer.Option(help="The submission to write, a path or URI.")],
     threshold: Annotated[
         float | None, typer.Option(help="On the probability of salt. Default: chosen on validation.")
     ] = None,
@@ -24,10 +23,9 @@ def main(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Give bad tiles empty masks.")] = False,
 ) -> None:
     """Segment a folder's test tiles with a run's ensemble or best model, and write the submission."""
-    if out.exists():
-        raise UserError(f"{out}: already there; remove it or choose another --out")
     if threshold is not None and not 0 < threshold < 1:
         raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
+    file = NewFile(out)
     prepare_to_join(address)
     from saltray import checkpoint, dataset, inference, members, run, submission
 
@@ -53,13 +51,12 @@ def main(
             codes = inference.segment(folder, tiles, chosen)
         finally:
             run.disconnect()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    submission.write(out, table.ids, codes)
+    file.write(lambda path: submission.write(path, table.ids, codes))
     if problems:
         typer.echo(
             f"{counted(len(problems), 'bad tile')} got empty masks, such as {min(problems)}", file=sys.stderr
         )
-    typer.echo(f"{len(codes)} tiles segmented at probability {chosen.threshold:.2f}: {out}")
+    typer.echo(f"{len(codes)} tiles segmented at probability {chosen.threshold:.2f}: {file}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saltray.cli import located, run_program
-from saltray.config import UserError
+from saltray.cli import NewFile, located, run_program
 
 if TYPE_CHECKING:
     import optuna
@@ -19,24 +18,27 @@ REPORT = "report.html"
 def main(
     place: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI.")],
     out: Annotated[
-        Path | None, typer.Option(help="The file to write. Default: report.html in the run's folder.")
+        str | None,
+        typer.Option(help="The file to write, a path or URI. Default: report.html in the run's folder."),
     ] = None,
     study: Annotated[
         str | None, typer.Option(help="The study's server, where it wants a password: postgresql://...")
     ] = None,
 ) -> None:
     """Write the report of a search: one HTML file that opens offline."""
-    if out is not None and out.exists():
-        raise UserError(f"{out}: already there; remove it or choose another --out")
-    from saltray import findings, run, sections
+    file = NewFile(out) if out else None
+    from saltray import findings, run, sections, storage
 
-    folder = run.fetched(located(place))
+    home = storage.home(located(place))
+    folder = run.fetched(str(home))
     with run.quiet(None):
         page = sections.build(findings.read(folder, url=study))
-        file = out or folder / REPORT
-        file.parent.mkdir(parents=True, exist_ok=True)
-        page.write(file)
-    typer.echo(f"report: {file}")
+    if file:
+        file.write(page.write)
+    else:
+        page.write(folder / REPORT)
+        storage.send(home, REPORT)
+    typer.echo(f"report: {file or f'{home}/{REPORT}'}")
 
 
 def write(folder: Path, study: optuna.Study | None = None) -> Path:

@@ -52,6 +52,10 @@ class RunError(UserError):
     """The run's folder, or the cluster, cannot be used as asked."""
 
 
+class UnderWay(RunError):
+    """Another process holds the run's folder on this machine."""
+
+
 class Settings(SearchConfig):
     """What decides a run's results. A resumed run may change its engine, budgets and resources alone."""
 
@@ -118,18 +122,23 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder for one session; the lock goes with its process, however that ends.
 
     Raises:
-        RunError: another session is running.
+        UnderWay: another session is running.
     """
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{folder}: another session of this run is under way") from None
+            raise UnderWay(f"{folder}: another session of this run is under way") from None
         yield
 
 
 def fetch(home: storage.Home) -> None:
-    """Fetch a mirrored run's files to its working folder, unless a session on this machine works there."""
+    """Fetch a mirrored run's files to its working folder.
+
+    Raises:
+        StorageError: the URI cannot be read or holds no run.
+        UnderWay: a session on this machine works there.
+    """
     if home.uri:
         home.folder.mkdir(parents=True, exist_ok=True)
         with locked(home.folder):
@@ -137,13 +146,19 @@ def fetch(home: storage.Home) -> None:
 
 
 def fetched(where: str) -> Path:
-    """Return the folder of a run at a path or URI; what lies behind a URI is fetched first.
+    """Return the folder of a run at a path or URI, to be read; what lies behind a URI is fetched first.
+
+    Where a session on this machine works with it, its working folder has the newest already.
 
     Raises:
-        UserError: the URI cannot be read or holds no run, or a session on this machine works with it.
+        UserError: the URI cannot be read or holds no run, or another process is fetching it.
     """
     home = storage.home(where)
-    fetch(home)
+    try:
+        fetch(home)
+    except UnderWay:
+        if not (home.folder / storage.UNSENT).exists():  # no session's: half of it may be there
+            raise RunError(f"{home}: another process is fetching it; try again") from None
     return home.folder
 
 

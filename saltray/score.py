@@ -1,21 +1,20 @@
 """`python -m saltray.score`: the contest's score of a submission."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from saltray.cli import run_program
+from saltray.cli import local, run_program
 
 
 def main(
-    submission: Annotated[Path, typer.Argument(help="CSV with the columns id and rle_mask.")],
-    truth: Annotated[Path, typer.Argument(help="The true masks, in the same form.")],
+    submission: Annotated[str, typer.Argument(help="CSV with the columns id and rle_mask.")],
+    truth: Annotated[str, typer.Argument(help="The true masks, in the same form.")],
 ) -> None:
     """Print the contest's score: mean precision over the IoU thresholds 0.50 to 0.95."""
     from saltray import submission as files
 
-    typer.echo(f"{files.score(submission, truth):.6f}")
+    typer.echo(f"{files.score(local(submission), local(truth)):.6f}")
 
 
 if __name__ == "__main__":

@@ -292,16 +292,16 @@ def _search_and_predict(
         except UserError as error:
             problem = error
     with console.status("writing the report"), run.quiet(folder / "logs" / "report.log"):
-        facts["report"] = _report(folder, study)
+        facts["report"] = _report(mirror.home, study)
     summary.tell_end(console, mirror.home, settings, study, best, facts, reached)
     if problem is not None:
         raise problem
 
 
-def _report(folder: Path, study: optuna.Study) -> str:
+def _report(home: storage.Home, study: optuna.Study) -> str:
     """Write the report and name its file, or tell what it failed at: the results stand without it."""
     try:
-        return str(report.write(folder, study))
+        return f"{home}/{report.write(home.folder, study).name}"
     except Exception as error:
         traceback.print_exc()
         return f"not written: {type(error).__name__}: {error}"

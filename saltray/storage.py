@@ -66,15 +66,15 @@ class Home:
 def home(where: str) -> Home:
     """Return the home of a run at a path or URI.
 
-    A URI's working folder is named after it, in `~/.cache/saltray/`, with eight digits of its SHA-256:
-    other URIs may have the same words.
+    A URI's working folder has the run's name, its last part. It lies in one named after the URI, in
+    `~/.cache/saltray/`, with eight digits of its SHA-256: other URIs may have the same words.
     """
     if "://" not in where:
         return Home(Path(where).expanduser().resolve())
     uri = where.rstrip("/")
     words, digits = re.sub(r"[^\w.-]+", "-", uri), hashlib.sha256(uri.encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Home(cache / "saltray" / f"{words}-{digits}", uri)
+    return Home(cache / "saltray" / f"{words}-{digits}" / Path(uri).name, uri)
 
 
 def open_uri(where: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -278,15 +278,7 @@ class Mirror:
             state = (stat.st_mtime_ns, stat.st_size)
             if self._sent.get(name) == state:
                 continue
-            data = _database(file) if file.suffix == ".db" else file.read_bytes()
-            try:
-                with filesystem.open_output_stream(f"{root}/{name.as_posix()}") as stream:
-                    stream.write(data)
-            except OSError as error:
-                raise StorageError(
-                    f"{self.home.uri}/{name.as_posix()}: cannot be written: {error}. "
-                    f"The run's files are in {self.home.folder} on {socket.gethostname()}"
-                ) from None
+            _send(self.home, name.as_posix(), filesystem, root)
             self._sent[name] = state
         for bundle in BUNDLES:
             self._prune(bundle, filesystem, root)
@@ -323,6 +315,25 @@ class Mirror:
             raise
         except StorageError as error:
             _LOG.warning("%s", error)
+
+
+def send(place: Home, name: str) -> None:
+    """Copy one file of a working folder to the run's URI, if it has one; raises StorageError."""
+    if place.uri is not None:
+        _send(place, name, *open_uri(place.uri))
+
+
+def _send(place: Home, name: str, filesystem: pyarrow.fs.FileSystem, root: str) -> None:
+    file = place.folder / name
+    data = _database(file) if file.suffix == ".db" else file.read_bytes()
+    try:
+        with filesystem.open_output_stream(f"{root}/{name}") as stream:
+            stream.write(data)
+    except OSError as error:
+        raise StorageError(
+            f"{place.uri}/{name}: cannot be written: {error}. "
+            f"The run's files are in {place.folder} on {socket.gethostname()}"
+        ) from None
 
 
 def _database(file: Path) -> bytes:

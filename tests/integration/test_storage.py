@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.fs
 import pytest
 
-from saltray import checkpoint, demo, storage, study
+from saltray import bundle, checkpoint, demo, storage, study
 from tests.integration.programs import SPACE, Program
 
 
@@ -102,8 +102,12 @@ def test_a_run_on_s3_is_read_written_and_resumed(s3: str, tmp_path: Path) -> Non
     shutil.rmtree(place.folder)
     Program("saltray.report", out, "--out", tmp_path / "report.html").finish()
     assert "trial 1" in (tmp_path / "report.html").read_text()
-    Program("saltray.predict", out, "--data", f"{s3}/tgs", "--out", tmp_path / "again.csv").finish()
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "again.csv"), submission)
+    assert "<title>Search first</title>" in (tmp_path / "report.html").read_text()
+    again = f"{s3}/predicted/again.csv"
+    Program("saltray.predict", out, "--data", f"{s3}/tgs", "--out", again).finish()
+    filesystem, path = storage.open_uri(again)
+    pd.testing.assert_frame_equal(pd.read_csv(filesystem.open_input_stream(path)), submission)
+    assert storage.names(f"{s3}/predicted") == ["again.csv"]  # and nothing of the trial before
 
     tune = Program("saltray.tune", "--data", f"{s3}/tgs", "--space", space, "--out", out)
     assert "already there" in tune.finish(code=1)
@@ -143,3 +147,8 @@ def test_a_bucket_that_lets_nobody_in_is_told_with_its_uri(s3: str, tmp_path: Pa
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(storage.StorageError, match=r"s3://another-bucket/run/run\.json: cannot be written"):
         storage.Mirror(place).push()
+
+
+def test_a_checkpoint_that_is_gone_is_one_that_cannot_be_read(s3: str, tmp_path: Path) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match="s3://salt/gone: no such folder"):
+        bundle.stage(tmp_path, f"{s3}/gone")

@@ -259,8 +259,3 @@ def test_cut_off_anywhere_the_next_session_finds_a_whole_best(
     bundle.publish(tmp_path / "best.new")
     assert contents(tmp_path / "best") == later
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("best")) == ["best"]
-
-
-def test_a_checkpoint_behind_a_uri_that_is_gone_is_one_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(checkpoint.CheckpointError, match="gone: no such folder"):
-        bundle.stage(tmp_path, f"file://{tmp_path}/gone")

@@ -2,13 +2,14 @@ import os
 import re
 import runpy
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from saltray import cli
+from saltray import cli, demo, score
 from saltray.config import UserError
 from saltray.submission import SubmissionError
 
@@ -140,3 +141,47 @@ def test_the_search_alone_is_told_to_go_on(name: str, monkeypatch: pytest.Monkey
     runpy.run_path(str(Path(cli.__file__).with_name(f"{name}.py")), run_name="__main__")
     ((_, *advice),) = started
     assert advice == (["Make room, then go on with the run: --resume"] if name == "tune" else [])
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_new_file_is_tried_before_and_written_at_the_end(scheme: str, tmp_path: Path) -> None:
+    out = f"{scheme}{tmp_path}/" + ("new/folder/a.csv" if not scheme else "a.csv")
+    file = cli.NewFile(out)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    file.write(lambda path: path.write_text("result"))
+    (written,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert f"{scheme}{written}" == out == str(file)
+    assert written.read_text() == "result"
+    with pytest.raises(UserError, match=r"a\.csv: already there; remove it or choose another --out"):
+        cli.NewFile(out)
+    with pytest.raises(UserError, match=r"a\.csv/b\.csv: cannot be written: "):
+        cli.NewFile(f"{out}/b.csv")
+
+
+def test_a_file_system_that_nobody_knows_is_told_before_any_work() -> None:
+    with pytest.raises(UserError, match=r"what://x\.csv: cannot be written: .*what"):
+        cli.NewFile("what://x.csv")
+
+
+def test_a_result_that_cannot_be_copied_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "bucket").mkdir()
+    file = cli.NewFile(f"file://{tmp_path}/bucket/a.csv")
+    (tmp_path / "bucket").rmdir()
+    with pytest.raises(UserError, match=r"cannot be written: .* It is in ") as caught:
+        file.write(lambda path: path.write_text("result"))
+    (kept,) = tmp_path.glob("saltray-*/a.csv")
+    assert str(kept) in str(caught.value) and kept.read_text() == "result"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [(demo.main, ["s3://bucket/demo"]), (score.main, ["s3://bucket/a.csv", "truth.csv"])],
+)
+def test_a_uri_is_refused_where_a_path_is_wanted(
+    main: Callable[..., Any], arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = run(monkeypatch, main, *arguments)
+    assert told == f"error: {arguments[0]}: a path on this machine is wanted here, not a URI"
+    assert list(tmp_path.iterdir()) == []

@@ -117,6 +117,12 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path, existing: 
     assert existing == "data" or (tmp_path / existing).read_text() == "mine"
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/demo: cannot be written: "):
+        demo.write(tmp_path / "file" / "demo", train=10, test=1, seed=0)
+
+
 def test_another_file_in_the_folder_does_not_hinder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert demo.write(tmp_path, train=1, test=1, seed=0).is_dir()

@@ -49,6 +49,8 @@ def test_a_report_is_written_and_never_over_another_file(
     code = call(monkeypatch, str(pristine), "--out", str(out))
     assert code == f"error: {out}: already there; remove it or choose another --out"
     assert out.read_bytes() == content
+    assert call(monkeypatch, str(pristine), "--out", f"file://{tmp_path}/again.html", "--seed", "7") == 0
+    assert (tmp_path / "again.html").read_bytes() == content
 
 
 @pytest.mark.parametrize("split", ["coverage", "neighbours"])
@@ -149,4 +151,4 @@ def test_figures_are_seen_on_white(pristine: Path) -> None:
 def test_refusal_comes_before_the_data_are_read(tmp_path: Path) -> None:
     (tmp_path / "report.html").touch()
     with pytest.raises(UserError, match="already there"):
-        explore.main(str(tmp_path / "absent"), out=tmp_path / "report.html")
+        explore.main(str(tmp_path / "absent"), out=str(tmp_path / "report.html"))

@@ -52,12 +52,12 @@ def test_a_model_that_takes_the_depth_needs_depths(
     folder = tmp_path / "model"
     model = make_ensemble(folder, depth) if len(depth) > 1 else make_model(folder, depth[0])
     with pytest.raises(UserError if any(depth) else RayStarted) as caught:
-        predict.main(str(model), str(data), tmp_path / "out.csv")
+        predict.main(str(model), str(data), str(tmp_path / "out.csv"))
     if any(depth):
         assert f"{data}/depths.csv: no such file; {model} takes the depth" in str(caught.value)
         (data / "depths.csv").write_text("id,z\n" + "".join(f"test{i:06d},9\n" for i in range(10, 14)))
         with pytest.raises(RayStarted):
-            predict.main(str(model), str(data), tmp_path / "out.csv")
+            predict.main(str(model), str(data), str(tmp_path / "out.csv"))
 
 
 def test_a_model_that_ignores_the_depth_predicts_tiles_without_one(data: Path, tmp_path: Path) -> None:

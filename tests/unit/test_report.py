@@ -12,10 +12,10 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from saltray import report, run, sections, tile_figures, trial_figures, validation
+from saltray import report, run, sections, storage, tile_figures, trial_figures, validation
 from saltray.config import Split, UserError
 from saltray.splitting import NEIGHBOURS
-from saltray.study import score
+from saltray.study import load_study, score
 from tests.runs import START, make_run, make_trial
 from tests.unit.contrast import LEAST, contrasts
 
@@ -246,10 +246,30 @@ def test_only_the_runs_own_report_is_replaced(tmp_path: Path) -> None:
     taken = tmp_path / "taken.html"
     taken.write_text("mine")
     with pytest.raises(UserError, match=r"taken\.html: already there"):
-        report.main(str(folder), taken, None)
+        report.main(str(folder), str(taken), None)
     assert taken.read_text() == "mine"
-    report.main(str(folder), tmp_path / "new" / "report.html", None)
+    report.main(str(folder), str(tmp_path / "new" / "report.html"), None)
     assert (tmp_path / "new" / "report.html").is_file()
+
+
+def test_the_report_of_a_run_behind_a_uri_goes_there_alone_also_while_a_session_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "bucket").mkdir()
+    bucket = make_run(tmp_path / "bucket", [make_trial(TrialState.COMPLETE, [0.25])])
+    uri = f"file://{bucket}"
+    report.main(uri, None, None)
+    assert capsys.readouterr().out == f"report: {uri}/report.html\n"
+    first = (bucket / "report.html").read_text()
+    assert "<title>Search run</title>" in first and "0.2500" in first
+    folder, known = storage.home(uri).folder, (bucket / "study.db").read_bytes()
+    load_study(folder).add_trial(make_trial(TrialState.COMPLETE, [0.75]))
+    with run.locked(folder):  # as a session has it, which has not copied its last trial yet
+        (folder / storage.UNSENT).touch()
+        report.main(uri, None, None)
+    assert "0.7500" in (bucket / "report.html").read_text()
+    assert (bucket / "study.db").read_bytes() == known
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,37 @@ def test_one_session_at_a_time(tmp_path: Path) -> None:
         pass
     with run.locked(tmp_path):
         pass
+
+
+def test_readers_take_what_a_session_here_works_on_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bucket, uri = tmp_path / "bucket", f"file://{tmp_path}/bucket"
+    bucket.mkdir()
+    run.write_settings(bucket, SETTINGS, "abc")
+    folder = run.fetched(uri)
+    run.write_settings(folder, SETTINGS, "abc")
+    newest = (folder / "run.json").read_bytes()
+    with run.locked(folder):
+        with pytest.raises(RunError, match="another process is fetching it; try again"):
+            run.fetched(uri)
+        (folder / storage.UNSENT).touch()  # as a session does
+        assert run.fetched(uri) == folder
+        with pytest.raises(run.UnderWay):
+            run.fetch(storage.home(uri))  # to go on with it
+    assert (folder / "run.json").read_bytes() == newest != (bucket / "run.json").read_bytes()
+
+
+def test_sessions_of_two_machines_are_never_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = run.environment()
+    monkeypatch.setattr(run, "environment", lambda: known)
+    for name in ("h1", "h2"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        run.write_settings(tmp_path / name, SETTINGS, "abc")
+    one, other = (run.read(tmp_path / name)["sessions"] for name in ("h1", "h2"))
+    assert one != other and one[0]["host"] == "h1"
 
 
 def test_a_taken_folder_is_refused(tmp_path: Path) -> None:

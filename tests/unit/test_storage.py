@@ -17,7 +17,7 @@ def test_a_path_is_its_own_home_and_a_uri_has_a_working_folder(
     assert (local.folder, local.uri) == (tmp_path / "runs" / "x", None)
     assert local.trials == f"{tmp_path}/runs/x/trials"
     digits = hashlib.sha256(b"s3://bucket/runs/x").hexdigest()[:8]
-    assert remote.folder == tmp_path / "saltray" / f"s3-bucket-runs-x-{digits}"
+    assert remote.folder == tmp_path / "saltray" / f"s3-bucket-runs-x-{digits}" / "x"
     assert (str(remote), remote.trials) == ("s3://bucket/runs/x", "s3://bucket/runs/x/trials")
     assert storage.home("s3://bucket/runs-x").folder != remote.folder  # of the same words
 
