@@ -144,7 +144,7 @@ def test_the_mirror_copies_what_changed_and_a_fetch_brings_it_back(s3: str, tmp_
 
 def test_a_bucket_that_lets_nobody_in_is_told_with_its_uri(s3: str, tmp_path: Path) -> None:
     place = storage.Home(tmp_path, "s3://another-bucket/run")
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"sessions": []}')
     with pytest.raises(storage.StorageError, match=r"s3://another-bucket/run/run\.json: cannot be written"):
         storage.Mirror(place).push()
 
