@@ -234,7 +234,7 @@ def _adopt(
     folder: Path,
 ) -> None:
     """Take over another run's results, or its best parameters where the scores do not compare."""
-    known = run.read(folder)
+    known, origin = run.read(folder), str(settings.warm_start)  # a URI's folder is a copy
     before = run.Settings.model_validate(known["settings"])
     differs = [
         name
@@ -246,16 +246,16 @@ def _adopt(
         if not same
     ]
     with run.quiet(None):
-        taken = adopt(study, other, space.draw, str(folder), compares=not differs)
+        taken = adopt(study, other, space.draw, origin, compares=not differs)
     if differs:
         console.print(
-            f"Warm start: {folder} had other {' and '.join(differs)}, so that its scores do not compare; "
+            f"Warm start: {origin} had other {' and '.join(differs)}, so that its scores do not compare; "
             f"its {taken} best parameters are tried first.",
             soft_wrap=True,
             markup=False,
         )
     else:
-        console.print(f"Warm start: {taken} results of {folder} taken over.", soft_wrap=True, markup=False)
+        console.print(f"Warm start: {taken} results of {origin} taken over.", soft_wrap=True, markup=False)
 
 
 def _search_and_predict(
