@@ -108,12 +108,11 @@ class NewFile:
         """
         from pyarrow import fs
 
-        self._out, place = out, located(out)
-        self._is_local = "://" not in place
+        self._out, self._path, self._files = out, located(out), fs.LocalFileSystem()
+        self._is_local = "://" not in self._path
         try:
-            self._files, self._path = (
-                (fs.LocalFileSystem(), place) if self._is_local else fs.FileSystem.from_uri(place)
-            )
+            if not self._is_local:
+                self._files, self._path = fs.FileSystem.from_uri(self._path)
             taken = self._files.get_file_info(self._path).type != fs.FileType.NotFound
             if not taken:
                 self._try()

@@ -242,6 +242,8 @@ class Mirror:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Copy what the end has left; a failure to copy hides no other."""
+        if kind is not None and issubclass(kind, Overtaken):
+            return
         try:
             self.push()
         except StorageError as error:
