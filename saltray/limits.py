@@ -8,7 +8,7 @@ import optuna
 from optuna.trial import TrialState
 from ray import tune
 
-from saltray.config import SearchConfig, UserError
+from saltray.config import SearchConfig
 from saltray.study import REFITS, epochs_of, own_trials, score
 
 SETTLING, LONGEST_SETTLING = 1.0, 10.0
@@ -27,8 +27,6 @@ class Limits(tune.Stopper):
         self._heard = self._over_since = -math.inf
         self.reached = ""
         """Which limit ended the search; empty where none did."""
-        self.problem: UserError | None = None
-        """Why no trial can go on. Tune would turn an error that a callback raises into one of its own."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the study out of Tune's own snapshot of the search, which is never restored."""
@@ -44,8 +42,6 @@ class Limits(tune.Stopper):
 
     def stop_all(self) -> bool:
         """Say whether the running trials are to be cut off; they wait in the study for a resumed search."""
-        if self.problem is not None:
-            return True
         now, seconds, hours = time.monotonic(), self._config.time_budget, self._config.gpu_hours
         if seconds is not None and now - self._started >= seconds:
             reached = "the time budget is used up"

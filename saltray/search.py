@@ -222,9 +222,9 @@ class StudySearch(Searcher):
 class Recorder(tune.Callback):
     """Writes into the study what Tune tells its callbacks alone: checkpoints' places and errors."""
 
-    def __init__(self, search: StudySearch, limits: Limits) -> None:
-        """Keep the search, and what ends it."""
-        self._search, self._limits = search, limits
+    def __init__(self, search: StudySearch) -> None:
+        """Keep the search."""
+        self._search = search
         self._crashes = 0
 
     def on_trial_result(
@@ -242,21 +242,21 @@ class Recorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record an error that outlasted the retries: its traceback's last line.
 
-        Where the disk is full, or one trial after the other crashes, the search ends: the trial waits for the
-        next session, and no other has to fail.
+        Raises:
+            SearchError: the disk is full, or one trial after the other crashes. The trial waits for the next
+                session, and no other has to fail.
         """
         self._crashes += 1
         lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
         reason = lines[-1] if lines else "its process died"
         if any(os.strerror(errno.ENOSPC) in line for line in lines):
-            self._limits.problem = SearchError(f"{lines[-1]}. {DISK_FULL}")
-        elif self._crashes >= CRASHES:
-            self._limits.problem = SearchError(
+            raise SearchError(f"{lines[-1]}. {DISK_FULL}")
+        if self._crashes >= CRASHES:
+            raise SearchError(
                 f"{self._crashes} trials in a row crashed without an epoch, the last of: {reason}. "
                 "Mend it, then go on with the run: --resume"
             )
-        if self._limits.problem is None:
-            self._search.record_failure(trial.trial_id, reason, crashed=True)
+        self._search.record_failure(trial.trial_id, reason, crashed=True)
 
 
 class Trimmer(tune.Callback):
@@ -350,15 +350,13 @@ def run_search(
             stop=limits,
             verbose=0,
             log_to_file=True,
-            callbacks=[Recorder(searcher, limits), *callbacks, Trimmer(study)],
+            callbacks=[Recorder(searcher), *callbacks, Trimmer(study)],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
             # Two: the study may still name the one before the newest, and the newest may be damaged.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         ),
     )
     _fit(tuner, study)
-    if limits.problem is not None:
-        raise limits.problem
     return limits.reached
 
 
@@ -367,8 +365,9 @@ def _fit(tuner: tune.Tuner, study: optuna.Study) -> None:
     try:
         tuner.fit()
     except BaseException as error:
-        # Tune makes a text of what a callback raises.
-        cause = error.__context__ if isinstance(error, TuneError) else error
+        cause: BaseException | None = error
+        while isinstance(cause, TuneError):  # Tune makes a text of what a callback raises, at each level anew
+            cause = cause.__context__
         if not isinstance(cause, Overtaken):  # a server's study has them as the other session's by now
             requeue(study)
         if isinstance(cause, UserError):

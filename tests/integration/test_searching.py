@@ -106,6 +106,20 @@ def test_what_the_user_can_mend_ends_the_search_as_it_was_raised(
     assert not leaked_groups()
 
 
+def test_trials_that_crash_one_after_the_other_end_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(spec: dict[str, Any], **_: Any) -> None:
+        raise ValueError("no such driver")
+
+    monkeypatch.setattr(search, "run_trial", fake)
+    monkeypatch.setattr(search, "RETRIES", 0)
+    monkeypatch.setattr(search, "CRASHES", 2)
+    with pytest.raises(search.SearchError, match=r"2 trials in a row crashed.*no such driver.*--resume"):
+        run_search(tmp_path, NOTHING, trials=9)
+    assert count(load_study(tmp_path)) == Counts(0, 0, 1, 1)
+
+
 def reported_epochs(study: Any) -> list[list[int]]:
     return [sorted(t.intermediate_values) for t in study.trials]
 
