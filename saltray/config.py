@@ -219,8 +219,9 @@ class TrialConfig(_Frozen):
     keep: Literal["best", "last"] = "best"
     """Which epoch's weights are kept: those of the best validation mAP, or the last, which no validation tile
     has chosen."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` takes bfloat16 autocast on GPUs that have it, float32 elsewhere."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto` takes bfloat16 autocast on GPUs that have it, float32 elsewhere. `float16` is for GPUs that have
+    none, such as a T4: on GPUs alone, its loss scaled (Micikevicius et al. 2018, arXiv:1710.03740)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 

@@ -69,6 +69,8 @@ class Learner:
     optimizer: torch.optim.Optimizer
     average: EncoderDecoder | None
     """Holds the averaged weights, where there are any: they are the ones that are judged and kept."""
+    scaler: torch.amp.GradScaler
+    """Keeps float16's small gradients from vanishing, and leaves out a step whose gradients overflow."""
 
     @classmethod
     def new(cls, config: TrialConfig, device: torch.device, steps: int) -> Self:
@@ -76,7 +78,10 @@ class Learner:
         torch.manual_seed(config.seed)
         model = build_model(config.model).to(device)
         average = None if config.optim.average == "none" else copy.deepcopy(model)
-        return cls(config, device, steps, model, build_optimizer(model.parameters(), config.optim), average)
+        optimizer = build_optimizer(model.parameters(), config.optim)
+        scales = autocast_dtype(config.precision, device) is torch.float16
+        scaler = torch.amp.GradScaler(device.type, enabled=scales)
+        return cls(config, device, steps, model, optimizer, average, scaler)
 
     @property
     def amp(self) -> torch.dtype | None:
@@ -85,13 +90,15 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed trial needs to go on exactly so."""
-        average = {} if self.average is None else {"average": self.average.state_dict()}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()} | average
+        state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
+        return state | ({} if self.average is None else {"average": self.average.state_dict()})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from an earlier `state`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
@@ -222,10 +229,12 @@ def train_epoch(
             other = objective(outputs, masks[partner], loss_function, config.loss)
             loss = share * loss + (1 - share) * other
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if config.optim.clip_norm is not None:
+            learner.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
-        optimizer.step()
+        learner.scaler.step(optimizer)
+        learner.scaler.update()
         if average and (weight := ema_share(config.optim, step)):
             move_average(average, newest, weight)
         total += loss.detach() * len(images)
@@ -315,6 +324,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast type for `TrialConfig.precision` on this device; None for plain float32."""
     if precision == "bfloat16":
         return torch.bfloat16
+    if precision == "float16":
+        return torch.float16 if device.type == "cuda" else None
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if precision == "auto" and fast else None
 

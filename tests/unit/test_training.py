@@ -353,12 +353,34 @@ def test_precision_is_float32_on_a_cpu_unless_asked() -> None:
     assert training.autocast_dtype("auto", CPU) is None
     assert training.autocast_dtype("float32", CPU) is None
     assert training.autocast_dtype("bfloat16", CPU) is torch.bfloat16
+    assert training.autocast_dtype("float16", CPU) is None
+    assert training.autocast_dtype("float16", torch.device("cuda")) is torch.float16
 
 
 def test_bfloat16_trains(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     fit(CONFIG.model_copy(update={"precision": "bfloat16", "epochs": 2}), recorder)
     assert recorder.column("loss")[1] < recorder.column("loss")[0]
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_float16_trains_as_float32_does_with_its_loss_scaled_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_norm: float | None
+) -> None:
+    monkeypatch.setattr(training, "autocast_dtype", lambda *_: torch.float16)  # as on a GPU
+    whole, cut, rest, plain = (Recorder(tmp_path / n) for n in ("whole", "cut", "rest", "plain"))
+    optim = OptimConfig(learning_rate=2e-2, clip_norm=clip_norm)
+    config = CONFIG.model_copy(update={"precision": "float16", "optim": optim})
+    fit(config, whole)
+    cut.stop_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, cut)
+    assert checkpoint.load_training(tmp_path / "cut" / "2")["scaler"]["scale"] > 1
+    fit(config, rest, resume=tmp_path / "cut" / "2")
+    assert without_clock(cut.reports + rest.reports) == without_clock(whole.reports)
+    monkeypatch.undo()
+    fit(config, plain)
+    assert whole.column("loss")[-1] == pytest.approx(plain.column("loss")[-1], rel=0.2)
 
 
 def _one_of_two(rank: int, folder: str, config: TrialConfig) -> None:
