@@ -23,9 +23,10 @@ class UserError(ValueError):
     """Something that the user can mend; the message names the file or value, and what to do."""
 
 
-def counted(number: int, noun: str) -> str:
-    """Write a number with its noun, in messages: `1 trial`, `2 trials`."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+def counted(number: float, noun: str) -> str:
+    """Write a number with its noun, in messages: `1 trial`, `2 trials`, `0.5 GPUs`."""
+    digits = f"{number:g}" if isinstance(number, float) else number
+    return f"{digits} {noun}{'s' * (number != 1)}"
 
 
 class _Frozen(BaseModel):

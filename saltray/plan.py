@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from saltray.config import UserError
+from saltray.config import UserError, counted
 from saltray.trial import WorkerResources
 
 
@@ -20,9 +20,10 @@ class Plan:
     resources: WorkerResources
 
     def __str__(self) -> str:
-        """Write it in words, in rich's markup: `2 side by side, 1 x 1 CPUs each`."""
-        gpus = f" and {self.resources.gpus:g} GPUs" if self.resources.gpus else ""
-        each = f"{self.resources.workers} x {self.resources.cpus:g} CPUs{gpus} each"
+        """Write it in words, in rich's markup: `2 side by side, 1 x 1 CPU each`."""
+        share = self.resources
+        gpus = f" and {counted(share.gpus, 'GPU')}" if share.gpus else ""
+        each = f"{share.workers} x {counted(share.cpus, 'CPU')}{gpus} each"
         return f"[bold]{self.concurrency}[/] side by side, {each}"
 
 
@@ -73,7 +74,7 @@ def plan(
     if concurrency < 1:
         have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise PlanError(
-            f"a trial needs {workers} x ({cpus:g} CPUs and {gpus:g} GPUs); "
+            f"a trial needs {workers} x ({counted(cpus, 'CPU')} and {counted(gpus, 'GPU')}); "
             f"the cluster has: {have or 'nothing'}. "
             "Ask for less with --workers-per-trial, --cpus-per-trial or --gpus-per-trial, or add machines."
         )

@@ -13,6 +13,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from saltray import ensemble_section, run, tile_figures, trial_figures, validation
+from saltray.config import counted
 from saltray.findings import Findings
 from saltray.metrics import Postprocessing
 from saltray.page import Page
@@ -370,11 +371,12 @@ def _environment(page: Page, found: Findings) -> None:
 
 
 def _machine(attributes: dict[str, Any]) -> str:
-    """Name the hardware that a trial had: `AMD EPYC, 1 CPUs`."""
+    """Name the hardware that a trial had: `AMD EPYC, 1 CPU`."""
     hardware = attributes.get("hardware")
     if hardware is None:
         return str(attributes["host"])
-    share = f"{hardware['gpus']:g} GPUs" if hardware["gpus"] else f"{hardware['cpus']:g} CPUs"
+    gpus = hardware["gpus"]
+    share = counted(gpus, "GPU") if gpus else counted(hardware["cpus"], "CPU")
     return f"{hardware['device']}, {share}"
 
 

@@ -63,8 +63,8 @@ def test_never_more_than_fit_by_brute_force() -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"gpus": 1.0}, "1 x (1 CPUs and 1 GPUs); the cluster has: 2 CPUs and 0 GPUs"),
-        ({"workers": 3, "cpus": 1}, "3 x (1 CPUs and 0 GPUs)"),
+        ({"gpus": 1.0}, "1 x (1 CPU and 1 GPU); the cluster has: 2 CPUs and 0 GPUs"),
+        ({"workers": 3, "cpus": 1}, "3 x (1 CPU and 0 GPUs)"),
         ({"cpus": 4.0}, "4 CPUs"),
         ({"gpus": 0.3}, "one share of n"),
         ({"gpus": 1.5}, "whole number"),
