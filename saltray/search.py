@@ -265,14 +265,15 @@ class Trimmer(tune.Callback):
     It is called last: a mirrored study names what is dropped until its mirror knows of the trial's end.
     """
 
-    def __init__(self, study: optuna.Study) -> None:
-        """Keep the study."""
-        self._study = study
+    def __init__(self, search: StudySearch) -> None:
+        """Keep the search, which leaves the study out of Tune's own snapshot."""
+        self._search = search
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Make room."""
-        known = self._study.get_trials(deepcopy=False)[trial.config["number"]]
-        place = checkpoint_of(self._study, known)
+        study = self._search.study
+        known = study.get_trials(deepcopy=False)[trial.config["number"]]
+        place = checkpoint_of(study, known)
         if known.state.is_finished() and place is not None:
             trim(place, TRAINING)
 
@@ -350,7 +351,7 @@ def run_search(
             stop=limits,
             verbose=0,
             log_to_file=True,
-            callbacks=[Recorder(searcher), *callbacks, Trimmer(study)],
+            callbacks=[Recorder(searcher), *callbacks, Trimmer(searcher)],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
             # Two: the study may still name the one before the newest, and the newest may be damaged.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
