@@ -13,7 +13,7 @@ from saltray.config import counted
 from saltray.folds import Data
 from saltray.metrics import Postprocessing
 from saltray.plan import Plan
-from saltray.study import count, objective_of, score
+from saltray.study import count, objective_of, own_trials, score
 from saltray.view import text
 
 
@@ -75,7 +75,9 @@ def tell_end(
     """
     folder = home.folder
     counts = count(study)
-    waiting = f", {counts.waiting} cut off" if counts.waiting else ""
+    cut_off = sum(not t.state.is_finished() and bool(t.intermediate_values) for t in own_trials(study))
+    left = {"cut off": cut_off, "not begun": counts.waiting - cut_off}
+    waiting = "".join(f", {number} {what}" for what, number in left.items() if number)
     lines = {"ended because": reached} if reached else {}
     lines |= {
         "best": f"[bold green]trial {best.number}[/]  {text(best.params)}",

@@ -46,13 +46,14 @@ def test_the_end_tells_to_go_on_where_that_does_something(
 ) -> None:
     parent = tmp_path / "[salt] runs"  # which rich would take for a style
     parent.mkdir()
-    folder = make_run(parent, [make_trial(TrialState.COMPLETE, [0.6]), make_trial(TrialState.WAITING, [0.5])])
+    waiting = [make_trial(TrialState.WAITING, [0.5]), make_trial(TrialState.WAITING, [])]
+    folder = make_run(parent, [make_trial(TrialState.COMPLETE, [0.6]), *waiting])
     study = load_study(folder)
     settings = run.read_settings(folder).model_copy(update={"trials": trials})
     summary.tell_end(console, storage.Home(folder), settings, study, study.trials[0], FACTS, "")
     told = said(console).splitlines()
     lines = dict(line.split(maxsplit=1) for line in told if line.startswith(("go", "repeat")))
-    assert "1 complete, 0 stopped early, 0 failed, 1 cut off" in said(console)
+    assert "1 complete, 0 stopped early, 0 failed, 1 cut off, 1 not begun" in said(console)
     assert ("go" in lines) == goes_on
     if goes_on:
         assert lines["go"].endswith(f"python -m saltray.tune --resume '{folder}'")
