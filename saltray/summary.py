@@ -20,7 +20,7 @@ from saltray.view import text
 def tell_busy(console: Console) -> None:
     """Tell that other work holds CPUs: two searches that plan with all of them starve each other's data."""
     free, all_of_them = run.cpus()
-    if free < all_of_them:
+    if all_of_them - free > 0.5:  # less is a single task, or what is being given back
         console.print(
             f"[yellow]Other work holds {all_of_them - free:g} of this cluster's {all_of_them:g} CPUs[/], all "
             "of which this search plans with. Trials of two searches leave no room for their data to be "
