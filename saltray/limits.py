@@ -24,7 +24,7 @@ class Limits(tune.Stopper):
         self._study, self._config = study, config
         self._started = time.monotonic()
         self._elsewhere = 0.0 if config.gpu_hours is None else _gpu_hours_elsewhere(study)
-        self._heard = self._over_since = -math.inf
+        self._heard, self._over_since = -math.inf, math.inf
         self.reached = ""
         """Which limit ended the search; empty where none did."""
 
@@ -49,8 +49,7 @@ class Limits(tune.Stopper):
             reached = f"the {hours:g} GPU-hours are used up"
         else:
             return False
-        if self._over_since == -math.inf:
-            self._over_since = now
+        self._over_since = min(self._over_since, now)
         if now - self._heard < SETTLING and now - self._over_since < LONGEST_SETTLING:
             return False
         self.reached = reached

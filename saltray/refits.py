@@ -9,6 +9,7 @@ score on them would flatter. The one exception is in the search's own choice: a 
 learning rate when the held-out fold's mAP no longer rises. Cosine and one-cycle schedules do not look at it.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,16 @@ def beside(study: optuna.Study, name: str) -> optuna.Study:
 
 def config_of(study: optuna.Study, trial: FrozenTrial) -> TrialConfig:
     """Read the configuration that a trial was trained with; raises CheckpointError."""
-    place = readable(checkpoints_of(study, trial))
-    if place is None:
-        raise checkpoint.CheckpointError(
-            f"trial {trial.number}: its checkpoint {trial.user_attrs.get('checkpoint')} is gone or damaged; "
-            "refits need its configuration. Put the run's trials/ back"
-        )
-    with Checkpoint(place).as_directory() as folder:
-        return checkpoint.load_config(Path(folder))
+    for place in checkpoints_of(study, trial):
+        with (
+            contextlib.suppress(checkpoint.CheckpointError, OSError),
+            Checkpoint(place).as_directory() as folder,
+        ):
+            return checkpoint.load_config(Path(folder))
+    raise checkpoint.CheckpointError(
+        f"trial {trial.number}: its checkpoint {trial.user_attrs.get('checkpoint')} is gone or damaged; "
+        "refits need its configuration. Put the run's trials/ back"
+    )
 
 
 def space(configs: Mapping[int, TrialConfig]) -> Space:
