@@ -114,8 +114,7 @@ def main(
         return
     import torch
 
-    from saltray import run
-    from saltray.trial import cpu_name
+    from saltray import cpu, run
 
     # Ended like an interrupted one: the group under way ends too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -130,7 +129,7 @@ def main(
             typer.echo(f"{row['what']:<62} {value:>14}  {table.goal(row):<28} {row['note']}")
         typer.echo(f"  {name}: {time.monotonic() - started:.0f} s")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    environment = run.environment() | {"cpu": cpu_name(), "gpu": gpu}
+    environment = run.environment() | {"cpu": cpu.name(), "gpu": gpu}
     known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     # Of groups measured at another time the file keeps the environment as well.
     rows = [{**row, "environment": environment} for row in rows]

@@ -25,7 +25,7 @@ import torch
 import typer
 
 from benchmarks import techniques
-from saltray import dataset, inference, metrics, run, splitting, stream, training
+from saltray import cpu, dataset, inference, metrics, run, splitting, stream, training
 from saltray.augment import Batch
 from saltray.cli import run_program
 from saltray.config import TrialConfig, UserError
@@ -40,7 +40,7 @@ def measure(
 ) -> Run:
     """Train one configuration on tiles to its end, and judge its last weights; runs as one Ray task."""
     started = time.perf_counter()
-    torch.set_num_threads(max(1, round(resources.cpus)))
+    cpu.use(resources.cpus)
     device = "cuda" if resources.gpus > 0 and torch.cuda.is_available() else "cpu"
     history, last = [], dict[str, Any]()
     judged: Run = {}

@@ -14,7 +14,7 @@ from ray.data.extensions import ArrowTensorArray
 
 from benchmarks.peers import Arrays, PlainLoop, seed_config, synthetic
 from benchmarks.rows import Goal, Row, at_least, interleaved, median
-from saltray import run, stream
+from saltray import cpu, run, stream
 from saltray.config import TrialConfig
 from saltray.training import fit
 from saltray.trial import DATA_SHARE, EVALUATION_BATCH
@@ -70,7 +70,7 @@ def train_on_ray(
     cpus: float = THREADS,
 ) -> Trained:
     """Train as a one-worker trial does, checkpoints and all."""
-    torch.set_num_threads(THREADS)
+    cpu.use(THREADS)
     done = Trained([], [])
     count = training.count()
 
@@ -135,8 +135,8 @@ def measure() -> list[Row]:
 
 
 def _on_ray(cpus: float, function: Any, *arguments: Any) -> Any:
-    """Run in a process of Ray's, as a trial does."""
-    return ray.get(ray.remote(function).options(num_cpus=cpus).remote(*arguments))
+    """Run in a process of Ray's, as a trial does; a new one, without what another run has set in it."""
+    return ray.get(ray.remote(max_calls=1)(function).options(num_cpus=cpus).remote(*arguments))
 
 
 def _rate(times: list[float]) -> float:

@@ -12,7 +12,7 @@ import ray.data
 import torch
 from ray.data.expressions import col
 
-from saltray import checkpoint, members, metrics, rle, validation
+from saltray import checkpoint, cpu, members, metrics, rle, validation
 from saltray.augment import Batch
 from saltray.config import TrialConfig
 from saltray.metrics import Postprocessing
@@ -63,7 +63,7 @@ class Predictor:
         """Build the models on this actor's GPU, or on the CPU."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
-            torch.set_num_threads(threads)
+            cpu.use(threads)
         self.networks = [(*self._build(model), model.share) for model in fetch(models)]
 
     def _build(self, model: Model) -> tuple[EncoderDecoder, torch.dtype | None]:

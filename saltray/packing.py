@@ -7,6 +7,7 @@ from typing import Any
 import ray
 import torch
 
+from saltray import cpu
 from saltray.config import TILE, TrialConfig
 from saltray.plan import PlanError
 from saltray.training import Learner, train_epoch
@@ -26,7 +27,7 @@ def tiles_per_second(config: dict[str, Any], resources: WorkerResources) -> floa
     """Train a network on noise for a moment, as a worker of a trial would."""
     trial = TrialConfig.from_dict(config)
     device = torch.device("cuda" if resources.gpus and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(max(1, round(resources.cpus)))
+    cpu.use(resources.cpus)
     learner = Learner.new(trial, device, steps=1)
     size = max(1, trial.batch_size // resources.workers)
     noise = torch.randint(0, 256, (2, size, TILE, TILE), dtype=torch.uint8)

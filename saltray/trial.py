@@ -6,7 +6,6 @@ trial then costs about a second beside its training. Several workers run under `
 
 import gc
 import math
-import platform
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from ray import train, tune
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from saltray import checkpoint, samples, stream, training
+from saltray import checkpoint, cpu, samples, stream, training
 from saltray.augment import Batch
 from saltray.config import TrialConfig, UserError
 
@@ -162,14 +161,6 @@ def _device(resources: WorkerResources) -> torch.device:
     return torch.device("cuda") if resources.workers == 1 else get_device()
 
 
-def cpu_name() -> str:
-    """Return the processor's name as Linux tells it, or its architecture."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
 def _place_among_workers(resources: WorkerResources) -> tuple[int, int]:
     """Return this worker's rank and how many there are; of elastic ones, now."""
     if resources.workers == 1:  # inside Tune's actor, Ray Train's context is not to be asked
@@ -184,7 +175,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
     alone = resources.workers == 1
     rank, world = _place_among_workers(resources)
     share = tiles.shares[world][rank]
-    torch.set_num_threads(max(1, round(resources.cpus)))
+    cpu.use(resources.cpus)
     batch_size = max(1, config.batch_size // world)
     device = _device(resources)
     if device.type == "cuda":
@@ -193,7 +184,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
         torch.cuda.empty_cache()
         if resources.gpus < 1:  # more than its share would be out of memory for those that share the GPU
             torch.cuda.set_per_process_memory_fraction(resources.gpus)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.name()
 
     def start(epoch: int) -> Iterator[stream.Tensors]:
         return stream.epoch_stream(

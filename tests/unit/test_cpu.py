@@ -1,0 +1,40 @@
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+STEPS = """
+import resource, sys, torch
+from saltray import cpu
+from saltray.config import ModelConfig
+from saltray.model import build_model
+torch.set_num_threads(1)
+if sys.argv[1] == "used":
+    cpu.use(1)
+network, tiles = build_model(ModelConfig(filters=4, levels=2)), torch.rand(32, 1, 101, 101)
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    network(tiles).mean().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(sum([step() for _ in range(16)][8:]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its options are glibc's")
+def test_a_training_step_takes_the_memory_of_the_one_before() -> None:
+    def new_pages(argument: str) -> int:
+        environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+        command = [sys.executable, "-c", STEPS, argument]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert new_pages("used") < new_pages("not used") / 5
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0.2, 1), (1.6, 2)])
+def test_a_part_of_a_cpu_is_rounded_but_never_to_none(cpus: float, threads: int) -> None:
+    program = f"import torch; from saltray import cpu; cpu.use({cpus}); print(torch.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == threads
