@@ -1,6 +1,7 @@
 """What makes PyTorch fast on CPUs."""
 
 import ctypes
+import gc
 import platform
 import sys
 from pathlib import Path
@@ -16,11 +17,13 @@ def use(cpus: float) -> None:
 
     glibc hands every freed block of some megabytes back to Linux. A network's activations are such blocks,
     freed and allocated in each step, and Linux fills each with zeros again: a fifth to a half of a plain
-    U-Net's time (`benchmarks/LOG.md`). The process holds no more than its peak either way.
+    U-Net's time (`benchmarks/LOG.md`). What is free when this is called goes back: an earlier trial's.
     """
     torch.set_num_threads(max(1, round(cpus)))
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        gc.collect()
         malloc = ctypes.CDLL(None)
+        malloc.malloc_trim(0)
         # With none in blocks of their own, all comes from heaps, which are cut back only beyond this size.
         malloc.mallopt(_MMAP_MAX, 0)
         malloc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)

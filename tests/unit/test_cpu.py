@@ -33,6 +33,28 @@ def test_a_training_step_takes_the_memory_of_the_one_before() -> None:
     assert new_pages("used") < new_pages("not used") / 5
 
 
+HELD = """
+import torch
+from saltray import cpu
+def held():
+    return int(open("/proc/self/statm").read().split()[1])
+cpu.use(1)
+blocks = [torch.ones(2**18) for _ in range(200)]  # 1 MiB each
+wall = torch.ones(1)  # behind them: the heap's end does not move
+del blocks
+kept = held()
+cpu.use(1)
+print(kept - held())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its options are glibc's")
+def test_what_an_earlier_trial_left_goes_back() -> None:
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
+    pages = 200 * 2**20 / os.sysconf("SC_PAGE_SIZE")
+    assert int(done.stdout) > 0.9 * pages
+
+
 @pytest.mark.parametrize(("cpus", "threads"), [(0.2, 1), (1.6, 2)])
 def test_a_part_of_a_cpu_is_rounded_but_never_to_none(cpus: float, threads: int) -> None:
     program = f"import torch; from saltray import cpu; cpu.use({cpus}); print(torch.get_num_threads())"
