@@ -247,8 +247,8 @@ def _list_files(
             selector = pyarrow.fs.FileSelector(folder.path(part, kind))
             infos = folder.filesystem.get_file_info(selector)
             # The name alone: the folder itself may well lie in a hidden one.
-            found = {i.path: PurePosixPath(i.base_name) for i in infos}
-            files[kind] = {name.stem: path for path, name in found.items() if _is_picture(name)}
+            found = ((i.path, PurePosixPath(i.base_name)) for i in infos)
+            files[kind] = {name.stem: path for path, name in found if _is_picture(name)}
         return None, files
     archive = folder.path(f"{part}.zip")
     if not folder.exists(f"{part}.zip"):
