@@ -24,9 +24,9 @@ def use(cpus: float) -> None:
         gc.collect()
         malloc = ctypes.CDLL(None)
         malloc.malloc_trim(0)
-        # With none in blocks of their own, all comes from heaps, which are cut back only beyond this size.
+        # No block apart from the heap, and the heap is never cut back.
         malloc.mallopt(_MMAP_MAX, 0)
-        malloc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        malloc.mallopt(_TRIM_THRESHOLD, -1)
 
 
 def name() -> str:

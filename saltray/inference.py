@@ -19,7 +19,8 @@ from saltray.metrics import Postprocessing
 from saltray.model import EncoderDecoder, build_model
 from saltray.training import autocast_dtype, to_input
 
-BATCH = 128
+BATCH, CPU_BATCH = 128, 32
+"""Tiles that an actor predicts at once, on a GPU and on a CPU, where more take memory and bring nothing."""
 
 
 class Model(NamedTuple):
@@ -249,7 +250,7 @@ def map_tiles(
     actors = max(1, min(actors, tiles.count() // BATCH))
     return tiles.map_batches(
         predictor,
-        batch_size=BATCH,
+        batch_size=BATCH if gpus else CPU_BATCH,
         fn_constructor_kwargs={"models": ray.put(models), "threads": 1, **more},
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=None if gpus else 1,
