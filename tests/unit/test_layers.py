@@ -13,6 +13,7 @@ LAYERS = [
     ["config"],
     ["rle", "csvfile", "png"],
     ["metrics"],
+    ["cpu"],
     ["ensemble"],
     ["losses"],
     ["layers", "pretrained"],
