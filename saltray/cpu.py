@@ -1,7 +1,6 @@
 """What makes PyTorch fast on CPUs."""
 
 import ctypes
-import gc
 import platform
 import sys
 from pathlib import Path
@@ -21,7 +20,6 @@ def use(cpus: float) -> None:
     """
     torch.set_num_threads(max(1, round(cpus)))
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        gc.collect()
         malloc = ctypes.CDLL(None)
         malloc.malloc_trim(0)
         # No block apart from the heap, and the heap is never cut back.

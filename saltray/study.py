@@ -122,8 +122,12 @@ def open_storage(place: Place) -> RDBStorage:
         raise StudyError(f"{place}: no Optuna database that can be used: {reason}") from None
 
 
-def _check_file(file: Path) -> None:
-    """Refuse a file that Optuna would fail at, or write its tables into."""
+_LAST_TABLE = "alembic_version"
+"""The table that Optuna makes last."""
+
+
+def _check_file(file: Path) -> set[str]:
+    """Return the tables of a file; refuse one that Optuna would fail at, or write its tables into."""
     try:
         with closing(
             # To be written: a session that was killed in a commit left what SQLite has to take back first.
@@ -139,6 +143,7 @@ def _check_file(file: Path) -> None:
         raise StudyError(f"{file}: damaged: {answer}. Mend it from a copy, or start a new run")
     if tables and not {"studies", "trials", "version_info"} <= tables:
         raise StudyError(f"{file}: a database, but not of Optuna's; not the study of a run")
+    return tables
 
 
 def _close(storage: RDBStorage) -> None:
@@ -199,6 +204,11 @@ def load_study(place: Place | Path) -> optuna.Study:
     place = place if isinstance(place, Place) else Place(place)
     if place.url is None and not (place.folder / "study.db").is_file():
         raise NoStudyError(f"{place.folder}: no study.db in it; not the folder of a run")
+    if place.url is None and _LAST_TABLE not in _check_file(place.folder / "study.db"):
+        # To make the rest of its tables here would take them from the search that is at it.
+        raise NoStudyError(
+            f"{place.folder / 'study.db'}: no study in it; its search has just begun or was cut off"
+        )
     storage = open_storage(place)
     try:
         return _load(place, storage)

@@ -226,3 +226,12 @@ def test_ended_without_gain_counts_by_the_time_of_the_end(tmp_path: Path) -> Non
         study.add_trial(known(TrialState.COMPLETE, {}, value))
     study.add_trial(known(TrialState.FAIL, {}))
     assert ended_without_gain(study) == 2
+
+
+def test_who_reads_a_study_that_is_being_made_does_not_make_its_tables(tmp_path: Path) -> None:
+    (tmp_path / "study.db").touch()
+    with pytest.raises(StudyError, match="has just begun"):
+        load_study(tmp_path)
+    assert (tmp_path / "study.db").stat().st_size == 0
+    create_study(Place(tmp_path))
+    assert not load_study(tmp_path).trials
