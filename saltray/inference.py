@@ -22,6 +22,9 @@ from saltray.training import autocast_dtype, to_input
 BATCH, CPU_BATCH = 128, 32
 """Tiles that an actor predicts at once, on a GPU and on a CPU, where more take memory and bring nothing."""
 
+FEWEST = 128
+"""Tiles for which one more actor is worth its start, of seconds."""
+
 
 class Model(NamedTuple):
     """What an actor needs of one model."""
@@ -246,8 +249,8 @@ def map_tiles(
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = int(resources.get("GPU", 0))
     actors = gpus or max(1, int(resources.get("CPU", 1)))
-    # No more actors than they have batches to do.
-    actors = max(1, min(actors, tiles.count() // BATCH))
+    # One that starts for fewer tiles takes longer to start than it saves.
+    actors = max(1, min(actors, tiles.count() // FEWEST))
     return tiles.map_batches(
         predictor,
         batch_size=BATCH if gpus else CPU_BATCH,

@@ -97,16 +97,25 @@ def without_password(url: str) -> str:
     return sqlalchemy.URL.create(*open_part, query=query).render_as_string()
 
 
-def open_storage(place: Place) -> RDBStorage:
-    """Open the database; SQLite's file is created when absent.
+def open_storage(place: Place, create: bool = True) -> RDBStorage:
+    """Open the database.
+
+    Args:
+        place: where it lies.
+        create: make SQLite's file where it is absent, and the tables that it lacks.
 
     Raises:
+        NoStudyError: nothing is to be created, and the file is absent or not finished.
         StudyError: it cannot be reached, or is no database of Optuna's, or of another version of it.
     """
     if place.url is None:
         file = place.folder / "study.db"
-        if file.exists():
-            _check_file(file)
+        if not create and not file.is_file():
+            raise NoStudyError(f"{place.folder}: no study.db in it; not the folder of a run")
+        tables = _check_file(file) if file.exists() else set()
+        if not create and _LAST_TABLE not in tables:
+            # To make the rest of its tables here would take them from the search that is at it.
+            raise NoStudyError(f"{file}: no study in it; its search has just begun or was cut off")
         # Made, not written: a path may hold what means something in a URL.
         url = sqlalchemy.URL.create("sqlite", database=str(file)).render_as_string()
         options: dict[str, Any] = {"connect_args": {"timeout": 60}}
@@ -202,14 +211,7 @@ def load_study(place: Place | Path) -> optuna.Study:
         StudyError: there is none, it is damaged, of a newer saltray, or of another metric.
     """
     place = place if isinstance(place, Place) else Place(place)
-    if place.url is None and not (place.folder / "study.db").is_file():
-        raise NoStudyError(f"{place.folder}: no study.db in it; not the folder of a run")
-    if place.url is None and _LAST_TABLE not in _check_file(place.folder / "study.db"):
-        # To make the rest of its tables here would take them from the search that is at it.
-        raise NoStudyError(
-            f"{place.folder / 'study.db'}: no study in it; its search has just begun or was cut off"
-        )
-    storage = open_storage(place)
+    storage = open_storage(place, create=False)
     try:
         return _load(place, storage)
     except StudyError:

@@ -5,6 +5,16 @@ import sys
 
 import pytest
 
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its options are glibc's")
+
+
+def printed(program: str, *arguments: str, **environment: str) -> int:
+    """Run a program in a process of its own, as `cpu.use` is for the whole process; return what it prints."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
 STEPS = """
 import resource, sys, torch
 from saltray import cpu
@@ -22,15 +32,10 @@ print(sum([step() for _ in range(16)][8:]))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its options are glibc's")
+@glibc
 def test_a_training_step_takes_the_memory_of_the_one_before() -> None:
-    def new_pages(argument: str) -> int:
-        environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
-        command = [sys.executable, "-c", STEPS, argument]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return int(done.stdout)
-
-    assert new_pages("used") < new_pages("not used") / 5
+    used, not_used = (printed(STEPS, how, MALLOC_ARENA_MAX="1") for how in ("used", "not used"))
+    assert used < not_used / 5
 
 
 HELD = """
@@ -48,15 +53,13 @@ print(kept - held())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its options are glibc's")
+@glibc
 def test_what_an_earlier_trial_left_goes_back() -> None:
-    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
     pages = 200 * 2**20 / os.sysconf("SC_PAGE_SIZE")
-    assert int(done.stdout) > 0.9 * pages
+    assert printed(HELD) > 0.9 * pages
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.2, 1), (1.6, 2)])
 def test_a_part_of_a_cpu_is_rounded_but_never_to_none(cpus: float, threads: int) -> None:
     program = f"import torch; from saltray import cpu; cpu.use({cpus}); print(torch.get_num_threads())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == threads
+    assert printed(program) == threads
