@@ -4,10 +4,12 @@ Read, checked and decoded from PNG files as a search does, then streamed through
 one epoch. No training: what is asked is whether the stream keeps its pace and its memory.
 """
 
+import multiprocessing
 import os
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +31,11 @@ def measure() -> list[Row]:
     """Measure each size in a Ray of its own store's size."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        figures = []
-        for times in TIMES:
-            data = folders.write(Path(name) / str(times), train=times * TILES, test=1)
-            figures.append(_one(data, times * TILES))
+        sets = [folders.write(Path(name) / str(times), train=times * TILES, test=1) for times in TIMES]
+        # Each in a driver of its own, which holds nothing of the Ray and the set before.
+        fresh = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as drivers:
+            figures = list(drivers.map(_one, sets, [times * TILES for times in TIMES]))
     for times, figure in zip(TIMES, figures, strict=True):
         label = f"{times * TILES:,} tiles"
         for what in ("decoding", "streaming"):
