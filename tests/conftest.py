@@ -34,21 +34,22 @@ def show(browser: "Browser") -> Iterator[Callable[[Path, int], "Page"]]:
     has to be scrolled sideways.
     """
     complaints: list[str] = []
+    # How fast Chromium draws without a GPU, and what a page carries within.
+    harmless = ["console: [.WebGL", "request: data:", "request: blob:"]
     pages: list[Page] = []
 
     def open_page(file: Path, width: int) -> "Page":
         page = browser.new_page(viewport={"width": width, "height": 900})
+        page.set_default_timeout(200_000)
         pages.append(page)
+        harmless.append(f"request: {file.as_uri()}")
         page.on("console", lambda message: complaints.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
         page.on("request", lambda request: complaints.append(f"request: {request.url}"))
-        # The file itself, what it carries within, and how fast Chromium draws without a GPU.
-        harmless = (f"request: {file.as_uri()}", "request: data:", "request: blob:", "console: [.WebGL")
         page.goto(file.as_uri())
         page.wait_for_function(
             "[...document.querySelectorAll('.plotly-graph-div')].every((f) => f.querySelector('.main-svg'))"
         )
-        assert [complaint for complaint in complaints if not complaint.startswith(harmless)] == []
         wide = page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width, f"{wide} pixels wide in a window of {width}"
         return page
@@ -56,3 +57,4 @@ def show(browser: "Browser") -> Iterator[Callable[[Path, int], "Page"]]:
     yield open_page
     for page in pages:
         page.close()
+    assert [complaint for complaint in complaints if not complaint.startswith(tuple(harmless))] == []

@@ -164,12 +164,14 @@ def hosts() -> Iterator[Hosts]:
     """Start the hosts; end every process on them afterwards, whatever happened."""
     with tempfile.TemporaryDirectory(prefix="saltray-hosts-", ignore_cleanup_errors=True) as folder:
         these = Hosts(Path(folder))
-        these.script("up", "2")
         try:
+            these.script("up", "2")
             yield these
         finally:
-            these.script("down")
-            time.sleep(0.5)
+            if (these.folder / "pid").exists():
+                left = these.processes()
+                these.script("down")
+                wait_for(lambda: not [p for p in left if Path(f"/proc/{p}").exists()], 60)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, every: float = 0.5) -> bool:

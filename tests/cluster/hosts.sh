@@ -16,7 +16,7 @@ SELF=$(readlink -f "$0")
 
 address() { if [ "$1" = lap ]; then echo "$NET.9"; else echo "$NET.1${1#h}"; fi; }
 inside() { nsenter -t "$(cat "$LAB/pid")" -m -n -p -- "$@"; }
-await() { for _ in $(seq 100); do "$@" 2>/dev/null && return; sleep 0.1; done; echo "hosts.sh: waited in vain: $*" >&2; return 1; }
+await() { for _ in $(seq 1200); do "$@" 2>/dev/null && return; sleep 0.1; done; echo "hosts.sh: waited in vain: $*" >&2; return 1; }
 
 start_host() {
   : >"$LAB/$1.log"
@@ -32,8 +32,9 @@ up)
   ssh-keygen -qt ed25519 -N '' -f "$LAB/key"
   ssh-keygen -qt ed25519 -N '' -f "$LAB/hostkey"
   setsid unshare -n -m -p -u -i -f --mount-proc bash "$SELF" _lab "$2" >"$LAB/lab.log" 2>&1 </dev/null &
+  await grep -q . "/proc/$!/task/$!/children"
+  tr -d ' ' <"/proc/$!/task/$!/children" >"$LAB/pid" # first of all: with it, `down` ends what has come up
   await test -e "$LAB/ready"
-  tr -d ' ' <"/proc/$!/task/$!/children" >"$LAB/pid"
   ;;
 _lab) # PID 1 of the network
   mount -t tmpfs tmpfs /run

@@ -1,6 +1,7 @@
 """A Ray on this machine, shared by the tests of one file; programs that end with their test."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,14 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def start() -> Iterator[type[Program]]:
-    programs: list[Program] = []
+    with ExitStack() as programs:
 
-    class Started(Program):
-        def __init__(self, *arguments: str | Path) -> None:
-            super().__init__(*arguments)
-            programs.append(self)
+        class Started(Program):
+            def __init__(self, *arguments: str | Path) -> None:
+                super().__init__(*arguments)
+                programs.callback(self.end)
 
-    yield Started
-    for program in programs:
-        program.end()
+        yield Started
 
 
 @pytest.fixture(scope="module")

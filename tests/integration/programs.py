@@ -5,15 +5,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pandas as pd
+from optuna.trial import FrozenTrial
 
 from saltray.study import Place, StudyError, load_study
 
 ROOT = Path(__file__).parents[2]
+
+PATIENCE = 400
+"""Seconds for one program: many times what it takes, for machines that are busy. pytest's limit is above."""
 
 SPACE = """
 FIRST = {"filters": 2}
@@ -31,7 +37,8 @@ class Program:
     """A saltray command line in a process group of its own, so that nothing outlives its test."""
 
     def __init__(self, *arguments: str | Path) -> None:
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        # No cluster of the developer's is joined, nor are these searches logged to their server.
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS" and "MLFLOW" not in k}
         self.process = subprocess.Popen(
             [sys.executable, "-m", *map(str, arguments)],
             cwd=ROOT,
@@ -44,37 +51,48 @@ class Program:
         )
 
     def finish(self, code: int = 0) -> str:
-        output, _ = self.process.communicate(timeout=240)
+        try:
+            output, _ = self.process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"does not end: {self.end()}") from None
         assert self.process.returncode == code, output
         return output
 
-    def end(self) -> None:
-        try:
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what the program is to bring about."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"has ended, or does not get on: {self.end()}")
+            time.sleep(0.3)
+
+    def end(self) -> str:
+        """Kill it, with all that it started; return what it told and was not read yet."""
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        self.process.communicate(timeout=30)
+        assert self.process.stdout is not None
+        return "" if self.process.stdout.closed else self.process.communicate(timeout=60)[0]
 
 
 def search_arguments(files: Path, out: Path, *more: str) -> list[str | Path]:
     return ["saltray.tune", "--data", files / "data", "--space", files / "space.py", "--out", out, *more]
 
 
-def wait_for_epochs(run: Path | Place, epochs: int) -> None:
-    """Wait until the study holds so many epochs in all."""
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        try:
-            study = load_study(run)
-        except StudyError:
-            time.sleep(0.5)  # the database is being made
-            continue
-        while time.monotonic() < end:
-            if sum(len(t.intermediate_values) for t in study.get_trials()) >= epochs:
-                close(study)
-                return
-            time.sleep(0.5)
-    raise AssertionError("the search does not get on")
+def trials_of(run: Path | Place) -> list[FrozenTrial]:
+    """Return the trials of a study; none while it is being made."""
+    try:
+        study = load_study(run)
+    except StudyError:
+        return []
+    try:
+        return study.trials
+    finally:
+        close(study)
+
+
+def epochs_in(run: Path | Place) -> int:
+    """Return how many epochs the study holds in all."""
+    return sum(len(trial.intermediate_values) for trial in trials_of(run))
 
 
 def close(study: optuna.Study) -> None:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,10 @@ from saltray.inference import Model
 from saltray.metrics import Postprocessing
 from saltray.model import build_model
 from saltray.outoffold import Candidate, Source
-from saltray.study import Place, StudyError, count, load_study
-from tests.integration.programs import Program, check_submission, close, search_arguments
+from saltray.study import Place, count, load_study
+from tests.integration.programs import Program, check_submission, close, epochs_in, search_arguments
+
+pytestmark = pytest.mark.timeout(900)
 
 CONFIG = TrialConfig(model=ModelConfig(filters=2, levels=1, dropout=0))
 
@@ -179,21 +180,9 @@ def test_where_the_models_are_unsure_no_tile_is_labelled(labelled: ray.data.Data
     assert IGNORED not in read(training)["mask"]
 
 
-def wait_for_refits(run: Path, epochs: int) -> None:
-    """Wait until the refits' study holds so many epochs in all."""
-    end = time.monotonic() + 200
-    while time.monotonic() < end:
-        try:
-            study = load_study(Place(run, name="saltray folds-2"))
-        except StudyError:
-            time.sleep(0.3)
-            continue
-        done = sum(len(t.intermediate_values) for t in study.trials)
-        close(study)
-        if done >= epochs:
-            return
-        time.sleep(0.2)
-    raise AssertionError("the refits do not get on")
+def refits_of(run: Path) -> Place:
+    """Return where the refits on two folds are."""
+    return Place(run, name="saltray folds-2")
 
 
 SURE_SPACE = """
@@ -218,36 +207,34 @@ def easy(files: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.timeout(400)
 def test_ctrl_c_among_the_refits_still_ends_with_the_best_models_submission(
     start: type[Program], files: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     program = start(*search_arguments(files, run, "--trials", "1", "--epochs", "30", "--folds", "2"))
-    wait_for_refits(run, 2)
+    program.wait_until(lambda: epochs_in(refits_of(run)) >= 2)
     program.process.send_signal(signal.SIGINT)
     told = program.finish()
     assert f"--resume {run}" in told and "Traceback" not in told
     check_submission(run, files)
     assert not (run / "ensemble").exists()
-    study = load_study(Place(run, name="saltray folds-2"))
+    study = load_study(refits_of(run))
     assert count(study).waiting > 0 and count(study).failed == 0
     close(study)
 
 
-@pytest.mark.timeout(900)
 def test_folds_ensemble_and_pseudo_labels_killed_and_resumed(
     start: type[Program], easy: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     more = ("--trials", "2", "--epochs", "6", "--folds", "2", "--ensemble", "2")
     program = start(*search_arguments(easy, run, *more))
-    wait_for_refits(run, 4)
+    program.wait_until(lambda: epochs_in(refits_of(run)) >= 4)
     program.process.send_signal(signal.SIGKILL)
     program.end()
     check_submission(run, easy)  # the best model's, from before the refits
     before = {t.number: t.datetime_complete for t in load_study(run).trials}
-    study = load_study(Place(run, name="saltray folds-2"))
+    study = load_study(refits_of(run))
     done = {t.number: dict(t.intermediate_values) for t in study.trials}
     close(study)
 
@@ -255,7 +242,7 @@ def test_folds_ensemble_and_pseudo_labels_killed_and_resumed(
     assert "cross-fitted on 2 folds" in told and "pseudo-labels" in told
     check_submission(run, easy)
     assert {t.number: t.datetime_complete for t in load_study(run).trials} == before
-    study = load_study(Place(run, name="saltray folds-2"))
+    study = load_study(refits_of(run))
     assert count(study).complete == 4 == len(study.trials)
     for trial in study.trials:
         assert sorted(trial.intermediate_values) == [1, 2, 3, 4, 5, 6]

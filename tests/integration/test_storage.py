@@ -16,6 +16,8 @@ import pytest
 from saltray import bundle, checkpoint, demo, storage, study
 from tests.integration.programs import SPACE, Program
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -36,41 +38,34 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             patch.setenv("AWS_ACCESS_KEY_ID", "AKIA-of-a-test")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-a-test")
             patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-            for _ in range(100):
-                try:
-                    urllib.request.urlopen(
-                        urllib.request.Request(f"{url}/salt", method="PUT"), timeout=5
-                    ).close()
-                    break
-                except OSError:
-                    time.sleep(0.2)
+            make_bucket(f"{url}/salt", server)
             yield "s3://salt"
     finally:
         server.kill()
         server.wait()
 
 
-def test_a_run_on_s3_is_read_written_and_resumed(s3: str, tmp_path: Path) -> None:
+def make_bucket(url: str, server: "subprocess.Popen[bytes]") -> None:
+    """Make a bucket, when the server has started."""
+    end = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=60).close()
+            return
+        except OSError as error:
+            assert server.poll() is None and time.monotonic() < end, f"moto does not start: {error}"
+            time.sleep(0.2)
+
+
+def test_a_run_on_s3_is_read_written_and_resumed(start: type[Program], s3: str, tmp_path: Path) -> None:
     data = demo.write(tmp_path, train=40, test=6, seed=0)
     pyarrow.fs.copy_files(str(data), f"{s3}/tgs")
     space = tmp_path / "tiny.py"
     space.write_text(SPACE)
     out = f"{s3}/runs/first"
 
-    tune = Program(
-        "saltray.tune",
-        "--data",
-        f"{s3}/tgs",
-        "--space",
-        space,
-        "--trials",
-        "1",
-        "--epochs",
-        "3",
-        "--out",
-        out,
-    )
-    assert f"submission      {out}/submission.csv" in tune.finish()
+    new: list[str | Path] = ["saltray.tune", "--data", f"{s3}/tgs", "--space", space, "--out", out]
+    assert f"submission      {out}/submission.csv" in start(*new, "--trials", "1", "--epochs", "3").finish()
     assert {"run.json", "space.py", "study.db", "best", "logs", "trials", "submission.csv"} <= set(
         storage.names(out)
     )
@@ -78,8 +73,7 @@ def test_a_run_on_s3_is_read_written_and_resumed(s3: str, tmp_path: Path) -> Non
     # Another machine has nothing but the URI.
     place = storage.home(out)
     forget(place.folder)
-    tune = Program("saltray.tune", "--resume", out, "--trials", "2")
-    assert "2 complete" in tune.finish()
+    assert "2 complete" in start("saltray.tune", "--resume", out, "--trials", "2").finish()
     trials = study.load_study(place.folder).trials
     named = [t.user_attrs["checkpoint"] for t in trials]
     assert [path.startswith(f"{out}/trials/session-0{n}/") for n, path in enumerate(named, start=1)] == [
@@ -100,19 +94,17 @@ def test_a_run_on_s3_is_read_written_and_resumed(s3: str, tmp_path: Path) -> Non
         assert b"secret-of-a-test" not in filesystem.open_input_stream(path).read()
 
     shutil.rmtree(place.folder)
-    Program("saltray.report", out, "--out", tmp_path / "report.html").finish()
+    start("saltray.report", out, "--out", tmp_path / "report.html").finish()
     assert "trial 1" in (tmp_path / "report.html").read_text()
     assert "<title>Search first</title>" in (tmp_path / "report.html").read_text()
     again = f"{s3}/predicted/again.csv"
-    Program("saltray.predict", out, "--data", f"{s3}/tgs", "--out", again).finish()
+    start("saltray.predict", out, "--data", f"{s3}/tgs", "--out", again).finish()
     filesystem, path = storage.open_uri(again)
     pd.testing.assert_frame_equal(pd.read_csv(filesystem.open_input_stream(path)), submission)
     assert storage.names(f"{s3}/predicted") == ["again.csv"]  # and nothing of the trial before
 
-    tune = Program("saltray.tune", "--data", f"{s3}/tgs", "--space", space, "--out", out)
-    assert "already there" in tune.finish(code=1)
-    tune = Program("saltray.tune", "--resume", f"{s3}/runs/none")
-    assert "not the folder of a run" in tune.finish(code=1)
+    assert "already there" in start(*new).finish(1)
+    assert "not the folder of a run" in start("saltray.tune", "--resume", f"{s3}/runs/none").finish(1)
 
 
 def forget(folder: Path) -> None:

@@ -13,7 +13,9 @@ import optuna
 import pytest
 
 from saltray.study import Place, count, load_study, own_trials
-from tests.integration.programs import Program, search_arguments, wait_for_epochs
+from tests.integration.programs import Program, epochs_in, search_arguments
+
+pytestmark = pytest.mark.timeout(900)
 
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), None) or (
     Path(found).parent if (found := shutil.which("pg_ctl")) else None
@@ -59,14 +61,13 @@ def server() -> Iterator[str]:
 
 # What a killed or refused session leaves of its connections is the garbage collector's.
 @pytest.mark.filterwarnings("ignore:.*psycopg.Connection:ResourceWarning")
-@pytest.mark.timeout(400)
 def test_a_study_in_a_server_is_cut_off_resumed_and_never_shows_its_password(
     start: type[Program], files: Path, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "runs" / "team"
     program = start(*search_arguments(files, run, "--trials", "2", "--epochs", "40", "--study", server))
     there = Place(run, server, "team")
-    wait_for_epochs(there, 3)
+    program.wait_until(lambda: epochs_in(there) >= 3)
     program.end()
     assert not (run / "study.db").exists()
     told = start(
@@ -87,7 +88,6 @@ def test_a_study_in_a_server_is_cut_off_resumed_and_never_shows_its_password(
     gc.collect()
 
 
-@pytest.mark.timeout(400)
 def test_one_run_starts_from_anothers_results(start: type[Program], files: Path, tmp_path: Path) -> None:
     before, after = tmp_path / "before", tmp_path / "after"
     start(*search_arguments(files, before, "--trials", "3", "--epochs", "1", "--searcher", "random")).finish()

@@ -108,6 +108,12 @@ def test_a_key_in_a_uri_is_refused_and_not_repeated() -> None:
     assert "hidden" not in str(caught.value) and "AKIAKEY" not in str(caught.value)
 
 
+def test_an_address_in_the_environment_where_nothing_listens_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match=r"RAY_ADDRESS=127\.0\.0\.1:1 in the environment \(unset it"):
+        cli.prepare_to_join(None)
+
+
 def test_joining_a_cluster_sets_no_keepalive_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the cluster has another, it ends every call that says nothing for a minute."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")

@@ -60,6 +60,13 @@ def test_a_model_that_takes_the_depth_needs_depths(
             predict.main(str(model), str(data), str(tmp_path / "out.csv"))
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1.0, 1.5])
+def test_a_threshold_is_a_probability(threshold: float, data: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", depth=False)
+    with pytest.raises(UserError, match=f"--threshold {threshold}: must lie between 0 and 1"):
+        predict.main(str(model), str(data), str(tmp_path / "out.csv"), threshold=threshold)
+
+
 def test_a_model_that_ignores_the_depth_predicts_tiles_without_one(data: Path, tmp_path: Path) -> None:
     tiles, problems = dataset.decode_local(dataset.read_test(dataset.open_folder(str(data))))
     assert problems == {} and np.isnan(tiles["z"]).all()

@@ -57,7 +57,7 @@ def test_the_next_epoch_starts_when_the_rest_of_this_one_is_in_the_buffer(
         next(batches)
         assert not second.is_set()
         next(batches)
-        assert second.wait(10)
+        assert second.wait(120)
 
 
 def test_an_epoch_that_does_not_come_leaves_no_stream() -> None:

@@ -1,4 +1,5 @@
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -229,9 +230,16 @@ def test_ended_without_gain_counts_by_the_time_of_the_end(tmp_path: Path) -> Non
 
 
 def test_who_reads_a_study_that_is_being_made_does_not_make_its_tables(tmp_path: Path) -> None:
-    (tmp_path / "study.db").touch()
-    with pytest.raises(StudyError, match="has just begun"):
+    file = tmp_path / "study.db"
+    file.touch()
+    with pytest.raises(studies.NoStudyError, match="has just begun"):
         load_study(tmp_path)
-    assert (tmp_path / "study.db").stat().st_size == 0
+    assert file.stat().st_size == 0
     create_study(Place(tmp_path))
     assert not load_study(tmp_path).trials
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("DROP TABLE alembic_version")  # the one that Optuna makes last
+    before = file.read_bytes()
+    with pytest.raises(studies.NoStudyError, match="has just begun"):
+        load_study(tmp_path)
+    assert file.read_bytes() == before
