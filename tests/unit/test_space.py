@@ -16,7 +16,9 @@ def write_space(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["unet", "resunet", "demo", "scratch", "pretrained", "laptop"])
+@pytest.mark.parametrize(
+    "name", ["unet", "resunet", "demo", "scratch", "pretrained", "laptop", "laptop_scratch"]
+)
 def test_bundled_spaces_are_good_and_begin_with_the_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "load_weights", lambda *_: None)  # their packages are optional
     loaded = space.load(SPACES / f"{name}.py")
