@@ -8,6 +8,7 @@ from saltray.config import TrialConfig, UserError
 from saltray.space import SpaceError
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
+BUNDLED = sorted(path.stem for path in SPACES.glob("*.py"))
 
 
 def write_space(folder: Path, text: str) -> Path:
@@ -16,9 +17,7 @@ def write_space(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "name", ["unet", "resunet", "demo", "scratch", "pretrained", "laptop", "laptop_scratch"]
-)
+@pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_spaces_are_good_and_begin_with_the_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "load_weights", lambda *_: None)  # their packages are optional
     loaded = space.load(SPACES / f"{name}.py")
