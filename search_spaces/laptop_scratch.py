@@ -1,6 +1,6 @@
 """For two CPU cores and an hour, without any pretrained weights: a ResUNet of 8 to 16 filters.
 
-    python -m saltray.tune --data DIR --space search_spaces/laptop_scratch.py --trials 1 --epochs 48
+    python -m saltray.tune --data DIR --space search_spaces/laptop_scratch.py --trials 1 --epochs 44
 
 The first trial has what gained in `benchmarks/results/ablation_scratch.md` and what pays in longer trainings.
 """
@@ -11,12 +11,13 @@ import optuna
 
 FIRST = {
     "filters": 16,
-    "levels": 5,
-    "dropout": 0.1,
+    "levels": 4,
+    "dropout": 0.0,
     "normalisation": "batch",
     "activation": "relu",
     "scse": True,
     "depth": False,
+    "padded_size": 112,
     "first_loss": "bce_dice",
     "second_loss": "lovasz_elu",
     "switch_at": 0.5,
@@ -43,6 +44,8 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
             "filters": trial.suggest_categorical("filters", [8, 12, 16]),
             "max_filters": 128,
             "levels": trial.suggest_int("levels", 4, 5),
+            "padded_size": trial.suggest_categorical("padded_size", [101, 112, 128]),
+            "padding": "edge",
             "dropout": trial.suggest_float("dropout", 0.0, 0.3, step=0.05),
             "normalisation": trial.suggest_categorical("normalisation", ["batch", "group"]),
             "activation": trial.suggest_categorical("activation", ["relu", "silu"]),
