@@ -4,8 +4,9 @@
 
 Made for a GPU: two CPU cores would be busy for more than a day with one trial. Score and time are not yet
 measured. What each technique is worth in a short training is in `benchmarks/results/ablation_scratch.md`: the
-focal loss and the vertical coordinate cost there, and are not drawn; what pays late, such as augmentation,
-is. The first trial is a guess, from what the contest's published solutions have in common.
+focal loss, the vertical coordinate and normalising before the convolutions cost there, and are not drawn;
+what pays late, such as augmentation, is. The first trial is a guess, from what the contest's published
+solutions have in common. For CPUs: `laptop_scratch.py`.
 """
 
 from typing import Any
@@ -21,8 +22,7 @@ FIRST = {
     "normalisation": "batch",
     "activation": "relu",
     "residual_blocks": 1,
-    "preactivation": False,
-    "zero_init_residual": True,
+    "zero_init_residual": False,
     "scse": True,
     "hypercolumn": True,
     "deep_supervision": True,
@@ -80,7 +80,6 @@ def _model(trial: optuna.Trial) -> dict[str, Any]:
     }
     if model["architecture"] == "resunet":
         model["residual_blocks"] = trial.suggest_int("residual_blocks", 1, 3)
-        model["preactivation"] = trial.suggest_categorical("preactivation", [False, True])
         model["zero_init_residual"] = trial.suggest_categorical("zero_init_residual", [False, True])
     if model["padded_size"] > 101:
         model["padding"] = trial.suggest_categorical("padding", ["edge", "reflect"])
