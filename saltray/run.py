@@ -367,6 +367,8 @@ def cpus() -> tuple[float, float]:
 @contextlib.contextmanager
 def quiet(log: Path | None) -> Iterator[None]:
     """Send what Ray, Optuna and Python's warnings say to a file (or nowhere), instead of the terminal."""
+    if log is not None:
+        log.parent.mkdir(exist_ok=True)  # of a run behind a URI, a folder that was empty is not there
     with contextlib.ExitStack() as stack:
         file = stack.enter_context((log or Path(os.devnull)).open("a", buffering=1))
         handler = logging.StreamHandler(file)

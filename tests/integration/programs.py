@@ -64,7 +64,7 @@ class Program:
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
                 raise AssertionError(f"has ended, or does not get on: {self.end()}")
-            time.sleep(0.3)
+            time.sleep(0.5)
 
     def end(self) -> str:
         """Kill it, with all that it started; return what it told and was not read yet."""

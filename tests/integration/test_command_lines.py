@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from saltray.study import Counts, count, epochs_of, load_study
+from saltray.study import Counts, count, epochs_of, load_study, score
 from tests.integration.programs import PATIENCE, ROOT, Program, check_submission, search_arguments, trials_of
 
 pytestmark = pytest.mark.timeout(900)
@@ -119,6 +119,19 @@ def test_ctrl_c_once_still_writes_what_was_found(start: type[Program], files: Pa
     assert f"--resume {run}" in told
     assert count(load_study(run)).waiting > 0
     check_submission(run, files)
+
+
+def test_score_against_speed_gives_a_front(start: type[Program], files: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = search_arguments(files, run, "--objective", "map+speed", "--scheduler", "none")
+    told = start(*arguments, "--trials", "2", "--epochs", "1").finish()
+    assert "Pareto front" in told and "tiles/s" in told
+    check_submission(run, files)
+    told = start("saltray.tune", "--resume", run, "--trials", "3").finish()
+    assert "Pareto front" in told
+    study = load_study(run)
+    assert count(study) == Counts(3, 0, 0, 0)
+    assert all(t.values[0] == score(t) and t.values[1] > 0 for t in study.trials)
 
 
 @pytest.mark.parametrize(

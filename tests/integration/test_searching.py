@@ -1,5 +1,6 @@
 """The search over a local Ray; where training does not matter, a trainable that only reports."""
 
+import errno
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from ray.tune import TuneError
 from ray.tune.schedulers import FIFOScheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from saltray import bundle, checkpoint, dataset, demo, search, splitting, storage, stream, tracking
+from saltray import bundle, checkpoint, dataset, demo, limits, search, splitting, storage, stream, tracking
 from saltray.config import SearchConfig, UserError
 from saltray.plan import Plan
 from saltray.space import Space
@@ -235,17 +236,63 @@ def test_stopped_early_is_pruned_with_its_values(tmp_path: Path, monkeypatch: py
 def test_time_budget_cuts_trials_off_and_they_go_on_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fake(spec: dict[str, Any], **_: Any) -> None:
-        for epoch in range(1, 5):
-            tune.report({"epoch": epoch, "best_map": 0.5, "finished": epoch == 4})
-            time.sleep(3 if epoch == 2 and not spec["resume"] else 0)
+    def pausing(seconds: float) -> Any:
+        def fake(spec: dict[str, Any], **_: Any) -> None:
+            for epoch in range(1, 5):
+                tune.report({"epoch": epoch, "best_map": 0.5, "finished": epoch == 4})
+                time.sleep(seconds if epoch == 2 else 0)
 
-    monkeypatch.setattr(search, "run_trial", fake)
-    study = run_search(tmp_path, NOTHING, TWO, trials=2, epochs=4, time_budget=2.0)
+        return fake
+
+    class Clock(tune.Callback):
+        """Lets the budget's time be over when both trials pause."""
+
+        def __init__(self) -> None:
+            self.there: set[int] = set()
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+        ) -> None:
+            if result["epoch"] == 2:
+                self.there.add(trial.config["number"])
+
+        def monotonic(self) -> float:
+            return time.monotonic() + 10_000 * (len(self.there) == 2)
+
+    clock = Clock()
+    monkeypatch.setattr(search, "run_trial", pausing(8))
+    monkeypatch.setattr(limits, "time", clock)
+    study = run_search(tmp_path, NOTHING, TWO, trials=2, epochs=4, time_budget=1000, callbacks=[clock])
     assert count(study).waiting == 2
+    assert reported_epochs(study) == 2 * [[1, 2]]
+    monkeypatch.setattr(search, "run_trial", pausing(0))
     study = run_search(tmp_path, NOTHING, TWO, trials=2, epochs=4)
     assert count(study) == Counts(2, 0, 0, 0)
     assert reported_epochs(study) == 2 * [[1, 2, 3, 4]]
+
+
+def test_patience_begins_no_more_trials_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(spec: dict[str, Any], **_: Any) -> None:
+        tune.report({"epoch": 1, "best_map": 0.5, "finished": True})
+
+    monkeypatch.setattr(search, "run_trial", fake)
+    study, config = create_study(Place(tmp_path)), SearchConfig(trials=20, epochs=1, patience=2)
+    reached = search.run_search(SPACE, NOTHING, ONE, str(tmp_path / "trials"), study, config, [])
+    assert reached == "no better score in the last 2 trials"
+    assert count(study) == Counts(3, 0, 0, 0)
+
+
+def test_a_full_disk_ends_the_search_and_fails_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(spec: dict[str, Any], **_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights.safetensors")
+
+    monkeypatch.setattr(search, "run_trial", fake)
+    monkeypatch.setattr(search, "RETRIES", 0)
+    with pytest.raises(search.SearchError, match=r"No space left on device.*weights.*--resume"):
+        run_search(tmp_path, NOTHING, trials=9)
+    assert count(load_study(tmp_path)) == Counts(0, 0, 0, 1)
 
 
 def test_a_damaged_checkpoint_costs_one_epoch(tiles: Tiles, tmp_path: Path) -> None:
