@@ -4,12 +4,12 @@ Every technique is switched on (or off) alone, on the same base configuration, t
 gain is the mean over the seeds of the difference to the base's run of the same seed. The last weights are
 judged, so that no tile that judges them chose them. Results go into one JSON file after each run, and a table
 beside it; a run that the file already has is not repeated, so an ablation may be stopped and gone on with at
-any time, or extended by more seeds.
+any time, or extended by more seeds and techniques. Runs of another size want another file.
 
-    python -m benchmarks.ablation --data DIR --epochs 60 --filters 16                # full size, for a GPU
-    python -m benchmarks.ablation --data DIR --epochs 12 --filters 8 --tiles 1500    # for hours of CPU
-    python -m benchmarks.ablation --data DIR --epochs 6 --filters 8 --tiles 1200 --base pretrained
-    python -m benchmarks.ablation --data DIR --epochs 5 --filters 8 --tiles 800      # 40 s a run, two cores
+    python -m benchmarks.ablation --data DIR --epochs 60 --filters 16 --out gpu.json    # full size, for a GPU
+    python -m benchmarks.ablation --data DIR --epochs 12 --filters 8 --tiles 1500 --out cpu.json    # hours
+    python -m benchmarks.ablation --data DIR --epochs 6 --filters 8 --tiles 600 --base pretrained --out p.json
+    python -m benchmarks.ablation --data DIR --epochs 5 --filters 8 --tiles 800      # goes on with the record
 """
 
 import json

@@ -54,11 +54,12 @@ def measure() -> list[Row]:
     ratios = [b / a for a, b in zip(ours, peer, strict=True)]
     device = "GPU" if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
     note = (
-        f"{min(ours):.0f} s against {min(peer):.0f} for {TILES:,} tiles by a U-Net of {FILTERS} filters, "
-        f"{device}; {agree:.2%} of the codes equal"
+        f"{min(ours):.0f} s against {min(peer):.0f} for {TILES:,} tiles, {device}; "
+        f"{agree:.2%} of the codes equal"
     )
     more = {"ours": ours, "peer": peer, "equal": agree}
-    return [median("`python -m saltray.predict`", ratios, "x", at_least(1.0), note, **more)]
+    name = f"`python -m saltray.predict`, a U-Net of {FILTERS} filters"
+    return [median(name, ratios, "x", at_least(1.0), note, **more)]
 
 
 def _agreement(first: Path, second: Path) -> float:

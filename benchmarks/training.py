@@ -128,8 +128,9 @@ def measure() -> list[Row]:
     scores = _on_ray(share, train_on_ray, TrialConfig.from_dict(SAME), *held).scores
     note = f"{len(scores)} epochs: {', '.join(f'{s:.4f}' for s in scores)}"
     same = Goal("as before, within", TOLERANCE)
-    # Its name tells the network: rows of one name are compared.
-    rows.append(Row("validation mAP of the same seed, a small ResUNet", scores[-1], "mAP", same, None, note))
+    # Its name tells the network and the size: rows of one name are compared.
+    name = f"validation mAP of the same seed, a small ResUNet, {SAME['epochs']} epochs of {TRAINING} tiles"
+    rows.append(Row(name, scores[-1], "mAP", same, None, note))
     run.disconnect()
     return rows
 

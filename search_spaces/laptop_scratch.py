@@ -2,7 +2,9 @@
 
     python -m saltray.tune --data DIR --space search_spaces/laptop_scratch.py --trials 1 --epochs 44
 
-The first trial has what gained in `benchmarks/results/ablation_scratch.md` and what pays in longer trainings.
+The first trial has what gained in `benchmarks/results/ablation_scratch.md` (padding, no dropout, BCE with Dice,
+scSE, clipped gradients), but for group normalisation, and what should pay in longer trainings: augmentation,
+Lovász at the end, decay, an average of the weights.
 """
 
 from typing import Any
@@ -35,7 +37,7 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
     loss: dict[str, Any] = {"name": trial.suggest_categorical("first_loss", ["bce", "bce_dice"])}
     second = trial.suggest_categorical("second_loss", ["none", "lovasz_elu", "lovasz_elu_symmetric"])
     if second != "none":
-        # ASHA compares after 3, 9 and 27 epochs: of 30 to 54, either all trials are past the switch or none.
+        # ASHA compares after 3, 9 and 27 epochs: of 22 to 53, either all trials are past the switch or none.
         loss |= {"then": second, "switch_at": trial.suggest_float("switch_at", 0.4, 0.5, step=0.1)}
     return {
         "model": {

@@ -2,7 +2,7 @@
 
     python -m saltray.tune --data DIR --space search_spaces/resunet.py --trials 30 --epochs 50
 
-The first trial is the baseline; it trained 32 tiles a second on two cores of an AMD EPYC (129df3f). The
+The first trial is the baseline; it trained 33 tiles a second on two cores of an AMD EPYC (60a86c3). The
 command is for a GPU; its score is not measured.
 """
 
