@@ -2,9 +2,9 @@
 
     python -m saltray.tune --data DIR --space search_spaces/laptop_scratch.py --trials 1 --epochs 44
 
-The first trial has what gained in `benchmarks/results/ablation_scratch.md` (padding, no dropout, BCE with Dice,
-scSE, clipped gradients), but for group normalisation, and what should pay in longer trainings: augmentation,
-Lovász at the end, decay, an average of the weights.
+The first trial has what gained in `benchmarks/results/ablation_scratch.md` (padding, no dropout, BCE with
+Dice, scSE, clipped gradients), but for group normalisation, and what should pay in longer trainings:
+augmentation, Lovász at the end, decay, an average of the weights.
 """
 
 from typing import Any
