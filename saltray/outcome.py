@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial
 
 from saltray import bundle, checkpoint, folds, inference, submission, validation
 from saltray.folds import Data
-from saltray.study import best_trials, checkpoints_of, lost_trial, own_trials, score
+from saltray.study import best_trial, best_trials, checkpoints_of, lost_trial, own_trials, score
 
 EXAMPLES = 6
 """Tiles of each group in the report's gallery."""
@@ -44,6 +44,8 @@ def publish_best(
             return lost, known | {"lost": f"{gone}: its model stays in best/ as it is"}
         words["lost"] = f"{gone}: the best of the others is taken"
     best, model = _stage(folder, study)
+    if "lost" not in words and (behind := _behind(study, best, model)):
+        words["lost"] = behind
     chosen, scores, table = inference.calibrate(model, data.validation)
     gallery = inference.illustrate(
         model, data.validation, chosen, validation.choose_examples(table, EXAMPLES)
@@ -75,6 +77,17 @@ def _stage(folder: Path, study: optuna.Study) -> tuple[FrozenTrial, Path]:
             except checkpoint.CheckpointError as error:
                 damaged.append(error)
     raise damaged[0]
+
+
+def _behind(study: optuna.Study, taken: FrozenTrial, model: Path) -> str:
+    """Say where the weights that are taken are not those of the best score, which may be lost or half written."""
+    top, kept = best_trial(study), checkpoint.load_metrics(model).get("best_map", score(taken))
+    if kept >= score(top):
+        return ""
+    return (
+        f"trial {top.number} scored {score(top):.4f}, but no checkpoint of that can be read: trial "
+        f"{taken.number}'s of {kept:.4f} is taken"
+    )
 
 
 def _published(folder: Path, trial: FrozenTrial) -> dict[str, Any] | None:

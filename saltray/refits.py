@@ -101,8 +101,9 @@ def enqueue(refits: optuna.Study, trials: Sequence[int], folds: int) -> None:
     """Let the refits of some trials wait that are missing; those of others wait no longer."""
     for known in refits.get_trials(deepcopy=False):
         waits = known.state in (TrialState.WAITING, TrialState.RUNNING)
-        if waits and _of(known)[0] not in trials:
-            # By the storage: `tell` refuses a trial that was never asked for.
+        if waits and (not _of(known) or _of(known)[0] not in trials):
+            # By the storage: `tell` refuses a trial that was never asked for. Without its mark, it was cut off
+            # right here.
             refits._storage.set_trial_user_attr(known._trial_id, "reason", "no longer among the best")
             refits._storage.set_trial_user_attr(known._trial_id, REFIT, None)
             refits._storage.set_trial_state_values(known._trial_id, TrialState.FAIL)
@@ -119,7 +120,7 @@ def missing(refits: optuna.Study, trials: Sequence[int], folds: int) -> list[lis
     known = [
         _of(t)
         for t in refits.get_trials(deepcopy=False)
-        if "crashed" not in t.user_attrs
+        if not (t.state == TrialState.FAIL and "crashed" in t.user_attrs)
         and (t.state != TrialState.COMPLETE or readable(checkpoints_of(refits, t)) is not None)
     ]
     wanted = [[trial, fold] for trial in trials for fold in range(folds)]
@@ -129,7 +130,7 @@ def missing(refits: optuna.Study, trials: Sequence[int], folds: int) -> list[lis
 def waiting_trials(refits: optuna.Study) -> set[int]:
     """Return the numbers of the search's trials of which refits wait."""
     waiting = refits.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
-    return {_of(refit)[0] for refit in waiting}
+    return {of[0] for refit in waiting if (of := _of(refit))}
 
 
 def failed(refits: optuna.Study) -> int:

@@ -26,7 +26,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +39,7 @@ from ray.exceptions import RaySystemError
 
 from saltray import storage
 from saltray.config import SearchConfig, Split, UserError, counted
+from saltray.shared_folder import PROBE
 from saltray.study import STUDY_NAME
 
 FORMAT = 1
@@ -103,12 +104,18 @@ class Settings(SearchConfig):
 def refuse_taken(home: storage.Home) -> None:
     """Raise a RunError where a new run's folder, or its URI, already holds something."""
     folder = home.folder
-    behind_uri = home.uri is not None and bool(storage.names(home.uri))
-    if behind_uri or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise RunError(
-            f"{home if behind_uri else folder}: already there. To go on with that run: --resume "
-            f"{shlex.quote(str(home))}; to start a new one: another --out"
-        )
+    behind_uri = _held(storage.names(home.uri)) if home.uri is not None else set()
+    here = _held(storage.names(str(folder))) if folder.is_dir() else {"a file"} if folder.exists() else set()
+    if held := behind_uri or here:
+        way = f"To go on with that run: --resume {shlex.quote(str(home))}; to start a new one: another --out"
+        if "run.json" not in held:
+            way = "It holds no run (a start that was cut off?): remove it, or name another --out"
+        raise RunError(f"{home if behind_uri else folder}: already there. {way}")
+
+
+def _held(names: Iterable[str]) -> set[str]:
+    # What a look at a run that was not there, or a start that was cut off, leaves.
+    return {n for n in names if n not in (".lock", storage.UNSENT) and not n.startswith(PROBE)}
 
 
 def create(folder: Path, space: Path) -> None:
@@ -189,7 +196,10 @@ def write_settings(folder: Path, settings: Settings, tiles: str) -> None:
         "sessions": [*sessions, environment() | {"host": socket.gethostname()}],
     }
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    with temporary.open("w") as opened:
+        opened.write(json.dumps(content, indent=2) + "\n")
+        opened.flush()
+        os.fsync(opened.fileno())  # a power cut must not leave an empty one in its place
     temporary.replace(file)
 
 

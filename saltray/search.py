@@ -24,9 +24,11 @@ from saltray.engine import METRIC, make_sampler, make_scheduler
 from saltray.limits import Limits
 from saltray.plan import Plan
 from saltray.space import Space
-from saltray.storage import Overtaken, names, openable, trim
+from saltray.storage import Overtaken, names
 from saltray.study import checkpoint_of, checkpoints_of, count, epochs_of, keep_trials_at, requeue
 from saltray.trial import Tiles, WorkerResources, run_trial
+from saltray.trial_files import checkpoints_beside, openable, trim
+from saltray.warmstart import is_adopted
 
 BAD_DRAWS = 20
 """How many draws in a row a space may fail at."""
@@ -122,7 +124,9 @@ class StudySearch(Searcher):
                 continue
             self._epochs[trial_id] = epochs_of(trial)
             spec = {"number": trial.number, "config": drawn.to_dict(), "parameters": trial.params}
-            return {**spec, "resume": checkpoints_of(self.study, trial)}
+            named = checkpoints_of(self.study, trial)
+            others = [c for c in checkpoints_beside(named[0]) if c not in named] if named else []
+            return {**spec, "resume": named + others}
         raise SearchError(f"{BAD_DRAWS} draws in a row failed, the last with {reason}")
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -311,8 +315,9 @@ def run_search(
     """
     keep_trials_at(study, trials_at)
     requeue(study)
-    if not study.get_trials(deepcopy=False):
-        for first in space.first:
+    known = study.get_trials(deepcopy=False)
+    if not known or not is_adopted(study):
+        for first in space.first[len(known) :]:  # a session may have been cut off among them
             study.enqueue_trial(first)
     left = config.trials - count(study).ended
     if left < 1:

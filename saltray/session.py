@@ -267,6 +267,7 @@ def _search_and_predict(
     data: Data,
     study: optuna.Study,
 ) -> None:
+    mirror.push()  # the study, before Ray writes below trials/: with those and without it a run is refused
     folder, started = mirror.home.folder, time.monotonic()
     view = LiveView(
         console, study, trials=settings.trials, epochs=settings.epochs, time_budget=settings.time_budget

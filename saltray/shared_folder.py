@@ -12,6 +12,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saltray.storage import Home, StorageError, open_uri, read_text
 
+PROBE = ".saltray-probe-"
+"""How the names of files begin that are there for a moment only."""
+
 PROBE_SECONDS = 60.0
 """How long a machine may take to show that it sees the run's folder."""
 
@@ -28,7 +31,7 @@ def probe(place: Home) -> None:
     if place.uri is None and len(nodes) < 2:
         return
     root = str(place) if place.uri else str(_existing(place.folder))
-    mark = f"{root}/.saltray-probe-{uuid.uuid4().hex}"
+    mark = f"{root}/{PROBE}{uuid.uuid4().hex}"
     filesystem, path = open_uri(mark)
     advice = "A run's folder must be shared by all machines: choose an --out on NFS, or s3://"
     here = socket.gethostname()

@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow.fs
 from ray import tune
 
+from saltray.checkpoint import METRICS
 from saltray.config import UserError
 
 MIRROR_SECONDS = 10.0
@@ -34,6 +35,9 @@ UNSENT = ".unsent"
 
 BUNDLES = ("best", "ensemble")
 """A run's folders that are made anew in whole: what an older one had more goes from a copy as well."""
+
+_LAST = [Path(bundle, METRICS) for bundle in BUNDLES]
+"""Without it no program takes a bundle for one."""
 
 _LOG = logging.getLogger("ray.saltray.storage")
 
@@ -96,12 +100,13 @@ def names(where: str) -> list[str]:
     """List what lies at a path or URI, by name; none where there is no folder. Raises StorageError."""
     filesystem, path = open_uri(where)
     try:
-        return _names(filesystem, path)
+        return list_names(filesystem, path)
     except OSError as error:
         raise StorageError(f"{where}: cannot be read: {error}") from None
 
 
-def _names(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
+def list_names(filesystem: pyarrow.fs.FileSystem, path: str) -> list[str]:
+    """List what lies in a folder, by name; none where there is none. Raises OSError."""
     infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
     return [info.base_name for info in infos]
 
@@ -113,33 +118,6 @@ def read_text(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
             return bytes(file.read()).decode()
     except FileNotFoundError:
         return ""
-
-
-def openable(root: str, path: str) -> str:
-    """Return a path that Ray gives for something below `root` as one that can be opened anywhere."""
-    scheme, separator, _ = root.partition("://")
-    return f"{scheme}://{path}" if separator and "://" not in path else path
-
-
-def trim(place: str, state: str) -> None:
-    """Drop what only training on needs: a trial's older checkpoints, of all sessions, and the newest's state.
-
-    What cannot be deleted stays: it costs room and nothing else.
-
-    Args:
-        place: path or URI of the newest checkpoint of a trial that has ended,
-            `session-SS/NNNN/checkpoint_CCCCCC`.
-        state: the name of the file in it that holds the state.
-    """
-    with contextlib.suppress(StorageError, OSError):
-        filesystem, path = open_uri(place)
-        root, session, trial, newest = path.rsplit("/", 3)
-        for other in _names(filesystem, root):
-            folder = f"{root}/{other}/{trial}"
-            for older in _names(filesystem, folder) if other.startswith("session-") else ():
-                if older.startswith("checkpoint_") and (other, older) < (session, newest):
-                    filesystem.delete_dir(f"{folder}/{older}")
-        filesystem.delete_file(f"{path}/{state}")
 
 
 def fetch(place: Home) -> None:
@@ -265,9 +243,8 @@ class Mirror:
         filesystem, root = open_uri(self.home.uri)
         self._last = time.monotonic()
         _refuse_overtaken(self.home, filesystem, root)
-        # run.json first: it is what tells another session.
-        for file in sorted(self.home.folder.rglob("*"), key=lambda file: (file.name != "run.json", file)):
-            name = file.relative_to(self.home.folder)
+        for name in sorted((f.relative_to(self.home.folder) for f in self.home.folder.rglob("*")), key=_turn):
+            file = self.home.folder / name
             if (
                 not file.is_file()
                 or name.parts[0] == "trials"
@@ -280,10 +257,22 @@ class Mirror:
             state = (stat.st_mtime_ns, stat.st_size)
             if self._sent.get(name) == state:
                 continue
+            if name.parts[0] in BUNDLES and name not in _LAST:
+                self._break_up(name.parts[0], filesystem, root)
             _send(self.home, name.as_posix(), filesystem, root)
             self._sent[name] = state
         for bundle in BUNDLES:
             self._prune(bundle, filesystem, root)
+
+    def _break_up(self, bundle: str, filesystem: pyarrow.fs.FileSystem, root: str) -> None:
+        """Delete what makes a bundle at the URI whole: half of a new one must not be taken for a model."""
+        whole = Path(bundle, METRICS)
+        self._sent.pop(whole, None)
+        try:
+            if filesystem.get_file_info(f"{root}/{whole}").type == pyarrow.fs.FileType.File:
+                filesystem.delete_file(f"{root}/{whole}")
+        except OSError as error:
+            raise StorageError(f"{self.home.uri}/{whole}: cannot be deleted: {error}") from None
 
     def _prune(self, bundle: str, filesystem: pyarrow.fs.FileSystem, root: str) -> None:
         """Delete what an older bundle has left at the URI, where there is one here, all of it copied."""
@@ -317,6 +306,13 @@ class Mirror:
             raise
         except StorageError as error:
             _LOG.warning("%s", error)
+
+
+def _turn(name: Path) -> tuple[int, Path]:
+    """Return when a file's turn is among those that are copied."""
+    # run.json tells another session, which wants the space beside it; what makes a bundle whole comes last.
+    first = {Path("space.py"): 0, Path("run.json"): 1}
+    return (3 if name in _LAST else first.get(name, 2)), name
 
 
 def send(place: Home, name: str) -> None:

@@ -19,6 +19,7 @@ import optuna
 import sqlalchemy
 import sqlalchemy.exc
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel
 from optuna.trial import FrozenTrial, TrialState
 
 from saltray.config import Objective, UserError
@@ -150,7 +151,9 @@ def _check_file(file: Path) -> set[str]:
         raise StudyError(f"{file}: damaged, or no SQLite database: {error}") from None
     if answer != "ok":
         raise StudyError(f"{file}: damaged: {answer}. Mend it from a copy, or start a new run")
-    if tables and not {"studies", "trials", "version_info"} <= tables:
+    optunas = {*BaseModel.metadata.tables, _LAST_TABLE}
+    # All that belong together, or some of Optuna's: whoever made them was cut off.
+    if tables and not {"studies", "trials", "version_info"} <= tables and not tables <= optunas:
         raise StudyError(f"{file}: a database, but not of Optuna's; not the study of a run")
     return tables
 

@@ -271,6 +271,22 @@ def test_time_budget_cuts_trials_off_and_they_go_on_later(
     assert reported_epochs(study) == 2 * [[1, 2, 3, 4]]
 
 
+def test_all_first_trials_are_tried_though_a_session_was_cut_off_among_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(spec: dict[str, Any], **_: Any) -> None:
+        tune.report({"epoch": 1, "best_map": 0.5, "finished": True})
+
+    monkeypatch.setattr(search, "run_trial", fake)
+    first = [{"filters": n, "learning_rate": 1e-2} for n in (1, 2, 3)]
+    study = create_study(Place(tmp_path))
+    study.enqueue_trial(first[0])
+    space, config = Space(draw, first, Path("space.py")), SearchConfig(trials=3, epochs=1)
+    for _ in range(2):  # the second time all is done
+        search.run_search(space, NOTHING, ONE, str(tmp_path / "trials"), study, config, [])
+        assert [t.params for t in study.trials] == first
+
+
 def test_patience_begins_no_more_trials_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(spec: dict[str, Any], **_: Any) -> None:
         tune.report({"epoch": 1, "best_map": 0.5, "finished": True})

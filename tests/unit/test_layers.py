@@ -32,6 +32,7 @@ LAYERS = [
     ["space"],
     ["storage"],
     ["shared_folder"],
+    ["trial_files"],
     ["study"],
     ["warmstart"],
     ["engine"],

@@ -53,6 +53,17 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken_then_the_next_trials(
         assert staged(tmp_path, study) == after
 
 
+def test_weights_of_less_than_the_best_score_are_told(tmp_path: Path, study: optuna.Study) -> None:
+    trial, fresh = outcome._stage(tmp_path, study)
+    assert outcome._behind(study, trial, fresh) == ""
+    bundle.add_metrics(fresh, {"best_map": 0.75})  # of the epoch before
+    assert "trial 1 scored 0.8000, but" in outcome._behind(study, trial, fresh)
+    for epoch in (1, 2):
+        (tmp_path / f"trials/session-01/0001/epoch{epoch}" / checkpoint.WEIGHTS).write_bytes(b"")
+    trial, fresh = outcome._stage(tmp_path, study)
+    assert outcome._behind(study, trial, fresh).endswith("trial 2's of 0.6000 is taken")
+
+
 def test_the_best_model_stays_published_where_its_checkpoint_is_gone(
     tmp_path: Path, study: optuna.Study
 ) -> None:

@@ -86,6 +86,18 @@ def test_refits_that_are_known_are_not_asked_again_and_others_no_longer(
     assert refits.failed(refit_study) == 1
 
 
+def test_a_refit_that_was_given_up_by_half_is_given_up(study: optuna.Study) -> None:
+    refit_study = refits.beside(study, "folds-2")
+    refits.enqueue(refit_study, [2], 2)
+    first = refit_study.trials[0]
+    refit_study._storage.set_trial_user_attr(first._trial_id, refits.REFIT, None)  # and then it was killed
+    assert refits.waiting_trials(refit_study) == {2}
+    refits.enqueue(refit_study, [2], 2)
+    states = [(t.state, t.user_attrs[refits.REFIT]) for t in refit_study.trials]
+    waiting = TrialState.WAITING
+    assert states == [(TrialState.FAIL, None), (waiting, [2, 1]), (waiting, [2, 0])]
+
+
 def test_a_refit_whose_process_died_is_tried_again(study: optuna.Study, tmp_path: Path) -> None:
     refit_study = refits.beside(study, "folds-2")
     refits.enqueue(refit_study, [2], 2)

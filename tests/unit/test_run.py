@@ -93,9 +93,16 @@ def test_sessions_of_two_machines_are_never_alike(tmp_path: Path, monkeypatch: p
 def test_a_taken_folder_is_refused(tmp_path: Path) -> None:
     run.refuse_taken(storage.Home(tmp_path / "new"))
     run.refuse_taken(storage.Home(tmp_path))  # empty
+    (tmp_path / ".lock").touch()  # of a --resume before there was a run
+    run.refuse_taken(storage.Home(tmp_path))
     (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"holds no run .* remove it, or name another --out"):
+        run.refuse_taken(storage.Home(tmp_path))
+    (tmp_path / "run.json").touch()
     with pytest.raises(RunError, match="--resume"):
         run.refuse_taken(storage.Home(tmp_path))
+    with pytest.raises(RunError, match="already there"):
+        run.refuse_taken(storage.Home(tmp_path / "notes.txt"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from saltray import storage
+from saltray import storage, trial_files
 
 
 def test_a_path_is_its_own_home_and_a_uri_has_a_working_folder(
@@ -23,9 +23,9 @@ def test_a_path_is_its_own_home_and_a_uri_has_a_working_folder(
 
 
 def test_paths_that_ray_gives_get_the_scheme_of_their_root() -> None:
-    assert storage.openable("s3://b/run/trials", "b/run/trials/0") == "s3://b/run/trials/0"
-    assert storage.openable("s3://b/run/trials", "s3://b/run/trials/0") == "s3://b/run/trials/0"
-    assert storage.openable("/runs/x/trials", "/runs/x/trials/0") == "/runs/x/trials/0"
+    assert trial_files.openable("s3://b/run/trials", "b/run/trials/0") == "s3://b/run/trials/0"
+    assert trial_files.openable("s3://b/run/trials", "s3://b/run/trials/0") == "s3://b/run/trials/0"
+    assert trial_files.openable("/runs/x/trials", "/runs/x/trials/0") == "/runs/x/trials/0"
 
 
 def test_names_of_an_absent_folder_are_none(tmp_path: Path) -> None:
@@ -152,6 +152,22 @@ def test_the_old_bundle_is_whole_until_the_new_one_is_there(
     assert files(copied) == {*OLD[1:], "best/metrics.json", *OTHERS}
 
 
+def test_half_a_bundle_at_the_uri_is_not_taken_for_one(place: storage.Home, copied: Path) -> None:
+    write(place.folder, "best/metrics.json")
+    mirror = storage.Mirror(place)
+    mirror.push()
+    assert "best/metrics.json" in files(copied)
+    (place.folder / "best" / "weights").write_text("newer")
+    (copied / "best" / "weights").unlink()
+    (copied / "best" / "weights").mkdir()  # where no file can be written
+    with pytest.raises(storage.StorageError, match="best/weights: cannot be written"):
+        mirror.push()
+    assert "best/metrics.json" not in files(copied)
+    (copied / "best" / "weights").rmdir()
+    mirror.push()
+    assert {"best/metrics.json", "best/weights"} <= files(copied)
+
+
 def test_bundles_that_were_not_sent_are_not_deleted_by_a_fetch(place: storage.Home, copied: Path) -> None:
     write(place.folder, storage.UNSENT, "ensemble/members/00/a")
     storage.fetch(place)
@@ -253,12 +269,22 @@ def test_an_ended_trial_keeps_its_newest_checkpoint_without_the_training_state(
     write(tmp_path, *stays, *goes)
     newest = f"{scheme}{tmp_path}/session-02/0000/checkpoint_000004"
     for _ in range(2):  # the second time there is nothing left to do
-        storage.trim(newest, "training.pt")
+        trial_files.trim(newest, "training.pt")
         assert files(tmp_path) == stays
     assert not (tmp_path / "session-01/0000/checkpoint_000009").exists()
     shutil.rmtree(tmp_path / "session-02")
-    storage.trim(newest, "training.pt")
-    storage.trim("what://bucket/session-01/0000/checkpoint_000000", "training.pt")
+    trial_files.trim(newest, "training.pt")
+    trial_files.trim("what://bucket/session-01/0000/checkpoint_000000", "training.pt")
+
+
+def test_checkpoints_that_no_study_names_are_found_behind_a_uri(tmp_path: Path) -> None:
+    write(tmp_path, *(f"session-0{s}/0003/checkpoint_00000{n}/weights" for s, n in ((1, 5), (2, 6), (2, 7))))
+    write(tmp_path, "session-02/0004/checkpoint_000009/weights", "session-02/0003/result.json")
+    gone = f"{tmp_path}/session-02/0003/checkpoint_000004"
+    found = [f"session-0{s}/0003/checkpoint_00000{n}" for s, n in ((2, 7), (2, 6), (1, 5))]
+    assert trial_files.checkpoints_beside(f"file://{gone}") == [f"file://{tmp_path}/{name}" for name in found]
+    assert trial_files.checkpoints_beside(gone) == []
+    assert trial_files.checkpoints_beside("what://b/session-01/0003/checkpoint_000001") == []
 
 
 def test_a_killed_sessions_journal_is_not_played_into_the_fetched_study(

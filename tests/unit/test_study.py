@@ -5,6 +5,8 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
+from optuna.storages._rdb.models import BaseModel
 from optuna.trial import BaseTrial, TrialState, create_trial
 
 from saltray import study as studies
@@ -227,6 +229,20 @@ def test_ended_without_gain_counts_by_the_time_of_the_end(tmp_path: Path) -> Non
         study.add_trial(known(TrialState.COMPLETE, {}, value))
     study.add_trial(known(TrialState.FAIL, {}))
     assert ended_without_gain(study) == 2
+
+
+def test_a_search_that_was_cut_off_while_its_tables_were_made_goes_on(tmp_path: Path) -> None:
+    tables = BaseModel.metadata.sorted_tables
+    for number in (1, 3, len(tables)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        engine = sqlalchemy.create_engine(f"sqlite:///{folder}/study.db")
+        BaseModel.metadata.create_all(engine, tables=tables[:number])
+        engine.dispose()
+        with pytest.raises(studies.NoStudyError, match="has just begun"):
+            load_study(folder)
+        create_study(Place(folder))
+        assert not load_study(folder).trials
 
 
 def test_who_reads_a_study_that_is_being_made_does_not_make_its_tables(tmp_path: Path) -> None:
