@@ -80,7 +80,7 @@ def _stage(folder: Path, study: optuna.Study) -> tuple[FrozenTrial, Path]:
 
 
 def _behind(study: optuna.Study, taken: FrozenTrial, model: Path) -> str:
-    """Say where the weights that are taken are not those of the best score, which may be lost or half written."""
+    """Say where the weights that are taken are not those of the best score: these may be lost, or half."""
     top, kept = best_trial(study), checkpoint.load_metrics(model).get("best_map", score(taken))
     if kept >= score(top):
         return ""
