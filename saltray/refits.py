@@ -102,8 +102,8 @@ def enqueue(refits: optuna.Study, trials: Sequence[int], folds: int) -> None:
     for known in refits.get_trials(deepcopy=False):
         waits = known.state in (TrialState.WAITING, TrialState.RUNNING)
         if waits and (not _of(known) or _of(known)[0] not in trials):
-            # By the storage: `tell` refuses a trial that was never asked for. One without its mark was given up
-            # by half.
+            # Without its mark, a session was cut off in here. By the storage: `tell` refuses a trial that was
+            # never asked for.
             refits._storage.set_trial_user_attr(known._trial_id, "reason", "no longer among the best")
             refits._storage.set_trial_user_attr(known._trial_id, REFIT, None)
             refits._storage.set_trial_state_values(known._trial_id, TrialState.FAIL)
