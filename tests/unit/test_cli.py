@@ -108,8 +108,11 @@ def test_a_key_in_a_uri_is_refused_and_not_repeated() -> None:
     assert "hidden" not in str(caught.value) and "AKIAKEY" not in str(caught.value)
 
 
-def test_an_address_in_the_environment_where_nothing_listens_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_in_the_environment_where_nothing_listens_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("HOME", str(tmp_path))  # with a token in it, RAY_AUTH_MODE would be set for all tests
     with pytest.raises(UserError, match=r"RAY_ADDRESS=127\.0\.0\.1:1 in the environment \(unset it"):
         cli.prepare_to_join(None)
 
