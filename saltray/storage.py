@@ -243,6 +243,7 @@ class Mirror:
         filesystem, root = open_uri(self.home.uri)
         self._last = time.monotonic()
         _refuse_overtaken(self.home, filesystem, root)
+        broken_up = set[str]()
         for name in sorted((f.relative_to(self.home.folder) for f in self.home.folder.rglob("*")), key=_turn):
             file = self.home.folder / name
             if (
@@ -257,8 +258,10 @@ class Mirror:
             state = (stat.st_mtime_ns, stat.st_size)
             if self._sent.get(name) == state:
                 continue
-            if name.parts[0] in BUNDLES and name not in _LAST:
-                self._break_up(name.parts[0], filesystem, root)
+            bundle = name.parts[0]
+            if bundle in BUNDLES and name not in _LAST and bundle not in broken_up:
+                self._break_up(bundle, filesystem, root)
+                broken_up.add(bundle)
             _send(self.home, name.as_posix(), filesystem, root)
             self._sent[name] = state
         for bundle in BUNDLES:

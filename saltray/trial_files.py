@@ -49,7 +49,7 @@ def checkpoints_beside(place: str) -> list[str]:
     with contextlib.suppress(StorageError, OSError):
         filesystem, path = open_uri(place)
         found = _trials_checkpoints(filesystem, path)
-        return [f"{place.partition('://')[0]}://{other}" for other in sorted(found, reverse=True)]
+        return [openable(place, other) for other in sorted(found, reverse=True)]
     return []
 
 

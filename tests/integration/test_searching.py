@@ -271,13 +271,14 @@ def test_time_budget_cuts_trials_off_and_they_go_on_later(
     assert reported_epochs(study) == 2 * [[1, 2, 3, 4]]
 
 
+def one_epoch(spec: dict[str, Any], **_: Any) -> None:
+    tune.report({"epoch": 1, "best_map": 0.5, "finished": True})
+
+
 def test_all_first_trials_are_tried_though_a_session_was_cut_off_among_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fake(spec: dict[str, Any], **_: Any) -> None:
-        tune.report({"epoch": 1, "best_map": 0.5, "finished": True})
-
-    monkeypatch.setattr(search, "run_trial", fake)
+    monkeypatch.setattr(search, "run_trial", one_epoch)
     first = [{"filters": n, "learning_rate": 1e-2} for n in (1, 2, 3)]
     study = create_study(Place(tmp_path))
     study.enqueue_trial(first[0])
@@ -288,10 +289,7 @@ def test_all_first_trials_are_tried_though_a_session_was_cut_off_among_them(
 
 
 def test_patience_begins_no_more_trials_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(spec: dict[str, Any], **_: Any) -> None:
-        tune.report({"epoch": 1, "best_map": 0.5, "finished": True})
-
-    monkeypatch.setattr(search, "run_trial", fake)
+    monkeypatch.setattr(search, "run_trial", one_epoch)
     study, config = create_study(Place(tmp_path)), SearchConfig(trials=20, epochs=1, patience=2)
     reached = search.run_search(SPACE, NOTHING, ONE, str(tmp_path / "trials"), study, config, [])
     assert reached == "no better score in the last 2 trials"
