@@ -39,7 +39,7 @@ def cluster() -> Iterator[Hosts]:
 
 
 def test_the_jobs_api_is_on_loopback_and_wants_the_token(cluster: Hosts) -> None:
-    code = "curl -s -m 60 -o /dev/null -w '%{http_code}'"
+    code = "curl -s -m 60 -o /dev/null -w '%{http_code}\\n'"
     url = "127.0.0.1:8265/api/jobs/"
     assert cluster.on("h0", f"{code} {url}").strip() == "401"
     assert cluster.on("h0", f"{code} -H 'Authorization: Bearer guess' {url}").strip() in ("401", "403")
