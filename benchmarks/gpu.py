@@ -13,6 +13,7 @@ from benchmarks.training import dataset, train_on_ray
 from saltray import packing, run
 from saltray.config import TrialConfig
 from saltray.model import build_model
+from saltray.trial import WorkerResources
 
 TILES, VALIDATION = 3200, 64
 EPOCHS, RUNS = 4, 3
@@ -106,7 +107,7 @@ def _shared() -> Row:
     rates: dict[int, float] = {}
 
     def rate(count: int) -> float:
-        rates[count] = packing.together(config, count)
+        rates[count] = packing.together(config, WorkerResources(1, 1.0, 1 / count), count)
         return rates[count]
 
     best = packing.best_count(rate, most)

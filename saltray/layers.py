@@ -186,7 +186,9 @@ def lay_over(x: Tensor, size: torch.Size) -> Tensor:
     Where halving left an odd row or column out, or added one, the level does not end where the tile ends:
     stretched to the tile's size, its features would lie several pixels beside what they stand for.
     """
+    kind = x.dtype
     x = enlarge(x, 2 ** round(math.log2(size[0] / x.shape[2])))[:, :, : size[0], : size[1]]
+    x = x.to(kind)  # a GPU's autocast enlarges in float32, and the column of all levels would take it over
     missing = (0, size[1] - x.shape[3], 0, size[0] - x.shape[2])
     return functional.pad(x, missing, mode="replicate") if any(missing) else x
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import ActorDiedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saltray import cpu
 from saltray.config import TILE, TrialConfig
@@ -20,7 +22,10 @@ GAIN = 1.05
 """How many times as fast one more step in `COUNTS` must be: less is noise, and every trial takes memory."""
 
 TIMED_SECONDS = 1.0
-"""How long a network trains to be timed, after one step that is not counted."""
+"""How long a network trains to be timed, after two steps that are not counted."""
+
+NO_ROOM = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED", "unable to find an engine")
+"""What PyTorch, CUDA, cuBLAS and cuDNN say where a GPU's memory is too small."""
 
 
 def tiles_per_second(config: dict[str, Any], resources: WorkerResources) -> float:
@@ -33,15 +38,17 @@ def tiles_per_second(config: dict[str, Any], resources: WorkerResources) -> floa
     noise = torch.randint(0, 256, (2, size, TILE, TILE), dtype=torch.uint8)
     batch = {"image": noise[0], "mask": noise[1] > 127, "z": torch.full((size,), 500.0)}
 
-    def step() -> None:
-        train_epoch(learner, learner.model, [batch], epoch=1, history=[])
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}  # where a trial's stream puts them
 
-    step()
-    steps, started = 0, time.perf_counter()
-    while time.perf_counter() - started < TIMED_SECONDS:
-        step()
-        steps += 1
-    return steps * size / (time.perf_counter() - started)
+    def train(steps: int) -> float:
+        started = time.perf_counter()
+        train_epoch(learner, learner.model, [batch] * steps, epoch=1, history=[])
+        return time.perf_counter() - started
+
+    train(1)
+    # Many at once: an epoch waits for the GPU at its end, and one of a single step would at each.
+    steps = max(1, round(TIMED_SECONDS / train(1)))
+    return steps * size / train(steps)
 
 
 def gpu_share(config: TrialConfig, nodes: Sequence[Mapping[str, float]], cpus: float = 1.0) -> float:
@@ -56,7 +63,11 @@ def gpu_share(config: TrialConfig, nodes: Sequence[Mapping[str, float]], cpus: f
         PlanError: there is no GPU, or none with the CPUs for one trial.
     """
     most = most_side_by_side(nodes, cpus)
-    return 1 / best_count(lambda count: together(config.to_dict(), count, cpus), most)
+
+    def rate(count: int) -> float:
+        return together(config.to_dict(), WorkerResources(1, cpus, 1 / count), count)
+
+    return 1 / best_count(rate, most)
 
 
 def most_side_by_side(nodes: Sequence[Mapping[str, float]], cpus: float = 1.0) -> int:
@@ -99,19 +110,31 @@ def best_count(rate: Callable[[int], float], most: int) -> int:
     return best
 
 
-def together(config: dict[str, Any], count: int, cpus: float = 1.0) -> float:
-    """Train so many networks at once on one GPU; return their tiles a second, 0 if they do not fit."""
-    resources = WorkerResources(1, cpus, 1 / count)
+def together(config: dict[str, Any], resources: WorkerResources, count: int) -> float:
+    """Train so many networks at once on one GPU; return their tiles a second, 0 if they do not fit.
+
+    Args:
+        config: of the trials.
+        resources: of each worker.
+        count: how many workers.
+    """
     share = resources.training()
-    # Actors: Ray starts a process anew for each task on a GPU, and the start would be timed.
-    timed: Any = ray.remote(_Timed).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0.0))
-    workers = [timed.remote(config, resources) for _ in range(count)]
+    timed: Any = ray.remote(_Timed)
+    # Actors: Ray starts a process anew for each task on a GPU, and the start would be timed. The first takes
+    # any machine, the others that one: Ray would put some on another's GPU, where they share nothing.
+    options: dict[str, Any] = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0.0)}
+    workers = [timed.options(**options).remote(config, resources)]
     try:
+        if count > 1:
+            here = NodeAffinitySchedulingStrategy(ray.get(workers[0].node.remote()), soft=False)
+            more = timed.options(**options, scheduling_strategy=here)
+            workers += [more.remote(config, resources) for _ in range(count - 1)]
         ray.get([worker.rate.remote() for worker in workers])  # until all are up, they do not share it
         return float(sum(ray.get([worker.rate.remote() for worker in workers])))
+    except ActorDiedError:
+        return 0.0  # by the kernel, most likely, where so many processes have no room in memory
     except RuntimeError as error:
-        # PyTorch, CUDA, cuDNN and cuBLAS each say in words of their own that there is no room.
-        if any(word in str(error) for word in ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED")):
+        if any(words in str(error) for words in NO_ROOM):
             return 0.0
         raise
     finally:
@@ -122,6 +145,9 @@ def together(config: dict[str, Any], count: int, cpus: float = 1.0) -> float:
 class _Timed:
     def __init__(self, config: dict[str, Any], resources: WorkerResources) -> None:
         self._config, self._resources = config, resources
+
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
 
     def rate(self) -> float:
         return tiles_per_second(self._config, self._resources)

@@ -44,7 +44,7 @@ def plan(
         trials: number of trials to run.
         workers: workers a trial.
         cpus: CPUs of a worker. By default 1, or more where fewer trials than CPUs are wanted.
-        gpus: GPUs of a worker: 0, a fraction 1/n, or a whole number. By default 1 where there are any.
+        gpus: GPUs of a worker: 0, 1 or a share 1/n. By default 1 where there are any.
 
     Raises:
         PlanError: not even one trial fits; the message has the numbers.
@@ -56,8 +56,12 @@ def plan(
         raise PlanError(
             f"trials {trials}, workers per trial {workers}, CPUs {cpus}, GPUs {gpus}: must be positive"
         )
-    if abs(fraction - round(fraction)) > 0.05 or (gpus > 1 and gpus != int(gpus)):
-        raise PlanError(f"--gpus-per-trial {gpus}: a whole number or one share of n, such as 0.5 or 0.25")
+    if gpus > 1:
+        raise PlanError(
+            f"--gpus-per-trial {gpus:g}: a worker trains on one GPU; for a trial on more, --workers-per-trial"
+        )
+    if abs(fraction - round(fraction)) > 0.05 or gpus * round(fraction) > 1 + 1e-6:
+        raise PlanError(f"--gpus-per-trial {gpus}: 0, 1, or one share of n, such as 0.5, 0.33 or 0.25")
     if workers > 1 and 0 < gpus < 1:
         # NCCL refuses two workers of one trial on the same GPU.
         raise PlanError(f"--gpus-per-trial {gpus}: each of {workers} workers a trial needs a GPU of its own")
@@ -86,9 +90,7 @@ def _slots(node: Mapping[str, float], cpus: float, gpus: float) -> int:
     by_cpu = math.floor(node.get("CPU", 0) / cpus + 1e-9)
     if not gpus:
         return by_cpu
-    per_gpu = round(1 / gpus) if gpus < 1 else 1
-    by_gpu = int(node.get("GPU", 0)) * per_gpu if gpus < 1 else int(node.get("GPU", 0) // gpus)
-    return min(by_cpu, by_gpu)
+    return min(by_cpu, int(node.get("GPU", 0)) * round(1 / gpus))
 
 
 def _most_threads(nodes: Sequence[Mapping[str, float]], workers: int) -> int:

@@ -38,21 +38,23 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
         )
         run.connect(address)
     try:
-        chosen = session.plan_for(settings, space)
+        chosen = session.plan_for(console, settings, space)
         count = session.DEMO_TILES
         if not synthetic:
             count = len(dataset.read_train(dataset.open_folder(settings.data)).rows)
         with console.status("timing the sampled networks"), run.quiet(None):
-            task = ray.remote(tiles_per_second).options(
-                num_cpus=chosen.resources.training()["CPU"], num_gpus=chosen.resources.gpus
-            )
-            sharing = round(1 / chosen.resources.gpus) if 0 < chosen.resources.gpus < 1 else 1
-            rates = [
-                together(config.to_dict(), sharing, chosen.resources.cpus) / sharing
-                if sharing > 1
-                else ray.get(task.remote(config.to_dict(), chosen.resources)) * chosen.resources.workers
-                for _, config in samples
-            ]
+            share = chosen.resources
+            sharing = round(1 / share.gpus) if 0 < share.gpus < 1 else 1
+            task = ray.remote(tiles_per_second).options(num_cpus=share.training()["CPU"])
+
+            def rate_of(config: TrialConfig) -> float:
+                if share.gpus:  # one that is too large is told as such
+                    each = together(config.to_dict(), share, sharing) / sharing
+                else:
+                    each = ray.get(task.remote(config.to_dict(), share))
+                return each * share.workers
+
+            rates = [rate_of(config) for _, config in samples]
     finally:
         run.disconnect()
     training_tiles = count * (splitting.FOLDS - 1) // splitting.FOLDS

@@ -133,7 +133,7 @@ class StudySearch(Searcher):
         """Record an epoch."""
         if self._limits is not None:
             self._limits.hear()
-        if "diverged" in result or trial_id in self._completed:
+        if "failed" in result or trial_id in self._completed:
             return  # a trial may report once more while it is being stopped
         trial, rows = self._trials[trial_id], self._epochs[trial_id]
         epoch = int(result["epoch"])
@@ -204,8 +204,8 @@ class StudySearch(Searcher):
             return
         trial.set_user_attr("seconds", round(sum(row["seconds"] for row in rows), 3))
         trial.set_user_attr("host", result["hostname"])
-        if "diverged" in result:
-            self.record_failure(trial_id, result["diverged"])
+        if "failed" in result:
+            self.record_failure(trial_id, result["failed"])
         elif result.get("finished"):
             trial.set_user_attr("outcome", f"ran to its end, epoch {result['epoch']}")
             fastest = max((row["validation_tiles_per_second"] for row in rows), default=0.0)

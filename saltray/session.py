@@ -16,6 +16,7 @@ from saltray import (
     dataset,
     demo,
     ensemble_bundle,
+    gpus,
     outcome,
     packing,
     report,
@@ -78,7 +79,7 @@ def start(
     dashboard = _connect(console, address)
     try:
         summary.tell_busy(console)
-        chosen = plan_for(settings, space)
+        chosen = plan_for(console, settings, space)
         _probe(console, home)
         if settings.data == str(run.demo_data(folder)):
             console.print("No --data: making synthetic seismic tiles.")
@@ -127,7 +128,7 @@ def resume(
         if settings.objective == "map+speed":
             left = settings.trials  # few that are left would get more CPUs each, and be faster for it
         # It may go on without a GPU, which then adds no GPU-hours.
-        chosen = plan_for(settings.model_copy(update={"gpu_hours": None}), space, left or None)
+        chosen = plan_for(console, settings.model_copy(update={"gpu_hours": None}), space, left or None)
         _probe(console, home)
         data, left_out = _read(console, settings)
         with run.locked(folder), storage.Mirror(home) as mirror:
@@ -170,24 +171,34 @@ def _check(space: Space, settings: run.Settings) -> None:
         )
 
 
-def plan_for(settings: run.Settings, space: Space, trials: int | None = None) -> Plan:
-    """Plan for the cluster that was joined and so many trials, by default all; raises PlanError, RunError."""
+def plan_for(console: Console, settings: run.Settings, space: Space, trials: int | None = None) -> Plan:
+    """Plan for the cluster that was joined and so many trials, by default all.
+
+    Raises:
+        PlanError: not even one trial fits.
+        GpuError: PyTorch cannot use a machine's GPUs.
+        RunError: GPU-hours are asked for, and there is no GPU.
+    """
     nodes = run.nodes()
-    gpus = settings.gpus_per_trial
-    if gpus == "auto" and settings.workers_per_trial > 1:
+    share = settings.gpus_per_trial
+    if share == "auto" and settings.workers_per_trial > 1:
         raise PlanError("--gpus-per-trial auto: only trials of one worker share a GPU; leave it out")
-    if gpus == "auto":
-        with run.quiet(None):
+    if share == "auto":
+        with console.status("timing trials that share a GPU"), run.quiet(None):
+            gpus.check()
             # The space's first configuration; without one, a sampled one.
             _, config = spaces.sample(space, 1, epochs=settings.epochs, seed=settings.seed, workers=1)[0]
-            gpus = packing.gpu_share(config, nodes, settings.cpus_per_trial or 1.0)
+            share = packing.gpu_share(config, nodes, settings.cpus_per_trial or 1.0)
     chosen = plan(
         nodes,
         trials=trials or settings.trials,
         workers=settings.workers_per_trial,
         cpus=settings.cpus_per_trial,
-        gpus=gpus,
+        gpus=share,
     )
+    if chosen.resources.gpus and settings.gpus_per_trial != "auto":
+        with console.status("trying the GPUs"), run.quiet(None):
+            gpus.check()
     if settings.gpu_hours is not None and not chosen.resources.gpus:
         raise run.RunError(f"--gpu-hours {settings.gpu_hours:g}: trials have no GPU here; use --time-budget")
     return chosen

@@ -286,8 +286,9 @@ def recompute_batchnorm(
     for layer in layers:
         layer.reset_running_stats()
         layer.train()
-        layer.momentum = None
-    for batch in batches:
+    for count, batch in enumerate(batches, start=1):
+        for layer in layers:  # the mean so far; None comes to the same, and would wait for the GPU each time
+            layer.momentum = 1 / count
         images, _, depth = _to_device(batch, device)
         with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
             model(images, depth)

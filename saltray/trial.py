@@ -28,8 +28,16 @@ EVALUATION_BATCH = 64
 DATA_SHARE = 0.1
 """Part of each worker's CPUs that is left to Ray Data's tasks; trials that take every CPU starve them."""
 
+KEPT_TILES = 10_000
+"""Validation tiles that stay in a GPU's memory from epoch to epoch: 20 KB each, as bytes."""
+
 WORKER_FAILURES = 3
 """How often the workers of a trial are started again from its last epoch."""
+
+TOO_LARGE = (
+    "too large for its share of the GPU's memory; fewer trials a GPU (--gpus-per-trial), smaller batches, or "
+    "a space without such networks would help"
+)
 
 
 @dataclass(frozen=True)
@@ -197,14 +205,30 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
             device=str(device),
         )
 
+    kept: list[stream.Tensors] = []
+
     def validation_batches() -> training.Batches:
-        return stream.plain_stream(share.validation, batch_size=EVALUATION_BATCH, device=str(device))
+        if kept:
+            return kept
+        batches = stream.plain_stream(share.validation, batch_size=EVALUATION_BATCH, device=str(device))
+        if device.type != "cuda" or share.validation.count() > KEPT_TILES:
+            return batches
+        # A stream takes longer to start than a GPU takes to judge them.
+        kept.extend(batches)
+        return kept
+
+    reached = 0
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        nonlocal reached
+        reached = metrics["epoch"]
         if folder and metrics["map"] == metrics["best_map"]:
             samples.draw(folder, tiles.shown, device)
         checkpoint = train.Checkpoint.from_directory(folder) if folder else None
         (tune if alone else train).report(metrics | {"device": name, "workers": world}, checkpoint=checkpoint)
+
+    def fail(epoch: int, reason: str) -> None:
+        report({"epoch": epoch, "map": 0.0, "best_map": 0.0, "finished": True, "failed": reason}, None)
 
     last = tune.get_checkpoint() if alone else train.get_checkpoint()
     known = ([last] if last else []) + [train.Checkpoint(place) for place in spec["resume"]]
@@ -223,7 +247,10 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
                 device=device,
                 resume=_first_intact(known, stack),
             )
+        # Each is a result, not a crash: to start it again would end the same way.
         except training.Diverged as error:
-            # A result, not a crash: to start it again would end the same way.
-            failed = {"epoch": error.epoch, "map": 0.0, "best_map": 0.0, "finished": True}
-            report(failed | {"diverged": str(error)}, None)
+            fail(error.epoch, str(error))
+        except torch.OutOfMemoryError as error:
+            if not alone:
+                raise  # the other workers wait for this one, until Ray Train ends them
+            fail(reached + 1, f"{TOO_LARGE}: {error}")

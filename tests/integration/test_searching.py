@@ -208,7 +208,7 @@ def test_failures_end_their_trial_and_no_other(tmp_path: Path, monkeypatch: pyte
         if spec["number"] == 1:
             raise OSError("the disk is full")
         if spec["number"] == 2:
-            tune.report({"epoch": 1, "best_map": 0.0, "finished": True, "diverged": "the loss is nan"})
+            tune.report({"epoch": 1, "best_map": 0.0, "finished": True, "failed": "the loss is nan"})
             return
         for epoch in (1, 2):
             tune.report({"epoch": epoch, "best_map": 0.5, "finished": epoch == 2})

@@ -36,7 +36,7 @@ LAYERS = [
     ["study"],
     ["warmstart"],
     ["engine"],
-    ["plan"],
+    ["gpus", "plan"],
     ["packing"],
     ["limits"],
     ["search"],

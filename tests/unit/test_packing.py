@@ -3,11 +3,13 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
 
 from saltray import packing
 from saltray.config import DEBUG
 from saltray.packing import best_count, gpu_share, most_side_by_side
 from saltray.plan import PlanError, plan
+from saltray.trial import WorkerResources
 
 
 def measured(*rates: float) -> tuple[Callable[[int], float], list[int]]:
@@ -81,13 +83,15 @@ class _NoRay:
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB."),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        ActorDiedError(),
     ],
 )
 def test_a_gpu_without_room_is_no_error_whatever_says_so(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(packing, "ray", _NoRay(error))
-    assert packing.together({}, 2) == 0.0
+    assert packing.together({}, WorkerResources(1, 1.0, 0.5), 2) == 0.0
     monkeypatch.setattr(packing, "ray", _NoRay(RuntimeError("shape mismatch")))
     with pytest.raises(RuntimeError, match="shape"):
-        packing.together({}, 2)
+        packing.together({}, WorkerResources(1, 1.0, 0.5), 2)

@@ -24,7 +24,6 @@ def test_shares_of_gpus() -> None:
     nodes = [{"CPU": 16, "GPU": 1}, {"CPU": 16, "GPU": 2}]
     assert plan(nodes, trials=99, gpus=0.25).concurrency == 12
     assert plan(nodes, trials=99, gpus=1).concurrency == 3
-    assert plan(nodes, trials=99, gpus=2).concurrency == 1
     assert plan([{"CPU": 2, "GPU": 1}], trials=99, gpus=0.25).concurrency == 2  # the CPUs bound it
 
 
@@ -67,7 +66,9 @@ def test_never_more_than_fit_by_brute_force() -> None:
         ({"workers": 3, "cpus": 1}, "3 x (1 CPU and 0 GPUs)"),
         ({"cpus": 4.0}, "4 CPUs"),
         ({"gpus": 0.3}, "one share of n"),
-        ({"gpus": 1.5}, "whole number"),
+        ({"gpus": 0.501}, "one share of n"),
+        ({"gpus": 0.334}, "one share of n"),
+        ({"gpus": 2.0}, "--gpus-per-trial 2: a worker trains on one GPU"),
         ({"workers": 0}, "must be positive"),
         ({"trials": 0}, "must be positive"),
         ({"workers": 2, "gpus": 0.5}, "each of 2 workers a trial needs a GPU of its own"),

@@ -68,7 +68,7 @@ def test_each_end_is_told_as_what_it_was(folder: Path) -> None:
     searcher.on_trial_complete("a", result(9, 0.7, finished=True))
     searcher.on_trial_result("b", result(1, 0.1))
     searcher.on_trial_complete("b", result(3, 0.2, finished=False))
-    searcher.on_trial_complete("c", result(2, 0.0, finished=True, diverged="the loss is nan in epoch 2"))
+    searcher.on_trial_complete("c", result(2, 0.0, finished=True, failed="the loss is nan in epoch 2"))
     searcher.on_trial_complete("d", error=True)
     searcher.record_failure("d", "OSError: disk full")
     trials = searcher.study.trials

@@ -101,7 +101,7 @@ def test_what_is_no_epoch_is_not_drawn(tmp_path: Path) -> None:
         report(board, 0, 1, 2)
         told = {"epoch": 2, "map": 0.2, "best_map": 0.2, "finished": True}
         board.on_trial_result(0, [], tune_trial(0), told)  # an end that is told again
-        board.on_trial_result(0, [], tune_trial(1), told | {"map": 0.0, "diverged": "the loss is nan"})
+        board.on_trial_result(0, [], tune_trial(1), told | {"map": 0.0, "failed": "the loss is nan"})
         board.on_trial_complete(0, [], tune_trial(1))
     assert [step for step, _ in curve(tmp_path / "0000", "map")] == [1, 2]
     assert not (tmp_path / "0001").exists()
