@@ -25,7 +25,7 @@ import torch
 import typer
 
 from benchmarks import techniques
-from saltray import cpu, dataset, inference, metrics, run, splitting, stream, training
+from saltray import connection, cpu, dataset, inference, metrics, run, splitting, stream, training
 from saltray.augment import Batch
 from saltray.cli import run_program
 from saltray.config import TrialConfig, UserError
@@ -191,12 +191,12 @@ def main(
     if tiles is not None and not 32 <= tiles <= len(order):
         raise UserError(f"--tiles {tiles}: between 32 and {len(order)}")
     trains = np.isin(np.arange(len(fold)), order[:tiles])
-    with run.quiet(None):
-        run.connect(address)
+    with connection.quiet(None):
+        connection.connect(address)
     try:
-        with run.quiet(None):
+        with connection.quiet(None):
             decoded = [dataset.decode(rows.where(part))[0] for part in (trains, fold == 0)]
-        placed = plan(run.nodes(), trials=len(chosen) * seeds, cpus=cpus, gpus=gpus)
+        placed = plan(connection.nodes(), trials=len(chosen) * seeds, cpus=cpus, gpus=gpus)
         settings = {
             "base": base,
             "values": techniques.BASES[base].values,
@@ -215,7 +215,7 @@ def main(
         typer.echo(f"{len(wanted)} runs, {len(waiting)} to do, {placed.concurrency} side by side")
         run_all(waiting, content, decoded, placed, out)
     finally:
-        run.disconnect()
+        connection.disconnect()
     typer.echo(table(content))
 
 

@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from benchmarks import folders
 from benchmarks.memory import own_memory
 from benchmarks.rows import Row, at_most
-from saltray import dataset, run, stream
+from saltray import connection, dataset, stream
 from saltray.config import AugmentConfig
 
 TILES = 800
@@ -65,7 +65,7 @@ def _one(data: Path, tiles: int) -> dict[str, float]:
         initialize_head=True,
         head_node_args={"num_cpus": 2, "object_store_memory": STORE, "include_dashboard": False},
     )
-    run.connect(cluster.address)
+    connection.connect(cluster.address)
     peak, stop = [0.0], threading.Event()
 
     def watch() -> None:
@@ -99,7 +99,7 @@ def _one(data: Path, tiles: int) -> dict[str, float]:
     assert cluster.head_node is not None
     session = Path(cluster.head_node.get_session_dir_path())
     spilled = sum(f.stat().st_size for f in session.rglob("ray_spilled_objects*/*") if f.is_file()) / 1e6
-    run.disconnect()
+    connection.disconnect()
     cluster.shutdown()
     return {
         "tiles": tiles, "decoding": middle - started, "streaming": ended - streaming, "driver": peak[0],

@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.peers import Arrays, seed_config, synthetic
 from benchmarks.rows import Row, at_least, interleaved, median
 from benchmarks.training import dataset, train_on_ray
-from saltray import packing, run
+from saltray import connection, packing
 from saltray.config import TrialConfig
 from saltray.model import build_model
 from saltray.trial import WorkerResources
@@ -29,7 +29,7 @@ def measure() -> list[Row]:
         return [Row(what, None, "x", None, None, "no GPU here") for what in whats]
     tiles = synthetic(TILES + VALIDATION)
     training, validation = tiles.part(0, TILES), tiles.part(TILES, len(tiles))
-    run.connect(None)
+    connection.connect(None)
     held = dataset(training), dataset(validation)
     ours: Any = ray.remote(train_on_ray).options(num_gpus=1)
     peer: Any = ray.remote(train_graphed).options(num_gpus=1)
@@ -48,7 +48,7 @@ def measure() -> list[Row]:
             median(f"training the baseline {name}, GPU", ratios, "x", at_least(0.95), note, ours=a, peer=b)
         )
     rows.append(_shared())
-    run.disconnect()
+    connection.disconnect()
     return rows
 
 
@@ -103,7 +103,7 @@ def train_graphed(config: TrialConfig, training: Arrays) -> float:
 def _shared() -> Row:
     """Find how many trials of the baseline U-Net a GPU takes, as `--gpus-per-trial auto` does."""
     config = seed_config("unet").to_dict()
-    most = packing.most_side_by_side(run.nodes())
+    most = packing.most_side_by_side(connection.nodes())
     rates: dict[int, float] = {}
 
     def rate(count: int) -> float:

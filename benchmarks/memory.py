@@ -15,7 +15,7 @@ from benchmarks.peers import synthetic
 from benchmarks.rows import Row, at_most
 from benchmarks.searches import run_here, share
 from benchmarks.trials import space
-from saltray import run
+from saltray import connection
 from saltray.config import SearchConfig
 from saltray.plan import Plan
 from saltray.trial import WorkerResources
@@ -86,7 +86,7 @@ def measure() -> list[Row]:
     tiles = synthetic(TILES + VALIDATION)
     training, validation = tiles.part(0, TILES), tiles.part(TILES, len(tiles))
     pixels = (tiles.image.nbytes + tiles.mask.nbytes) / 1e6
-    run.connect(None, cpus=SIDE_BY_SIDE)
+    connection.connect(None, cpus=SIDE_BY_SIDE)
     held = share(training, validation)
     watch = Watch()
     watch.start()
@@ -97,7 +97,7 @@ def measure() -> list[Row]:
     time.sleep(2)  # for what is released after a search
     whole = ray.cluster_resources()["object_store_memory"]  # type: ignore[no-untyped-call]
     left = (whole - ray.available_resources()["object_store_memory"]) / 1e6  # type: ignore[no-untyped-call]
-    run.disconnect()
+    connection.disconnect()
     peaks = [max(mb for _, mb in samples) for samples in watch.trials.values()]
     stored = max(mb for _, mb in watch.store)
     growth = max((_growth(samples) for samples in watch.trials.values()), default=0.0)

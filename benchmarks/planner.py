@@ -21,7 +21,7 @@ import typer
 from ray import tune
 from rich.console import Console
 
-from saltray import checkpoint, run, search, tracking
+from saltray import checkpoint, connection, run, search, tracking
 from saltray.cli import run_program
 from saltray.config import TILE, SearchConfig, TrialConfig
 from saltray.model import EncoderDecoder
@@ -89,7 +89,7 @@ def measure(nodes: int, trials: int, epochs: int) -> dict[str, float]:
         with (
             LiveView(console, study, trials=trials, epochs=epochs, time_budget=None) as view,
             tracking.TensorBoard(folder / "tensorboard", study) as board,
-            run.quiet(folder / "log"),
+            connection.quiet(folder / "log"),
         ):
             before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
             search.run_search(

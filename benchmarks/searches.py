@@ -11,7 +11,7 @@ from ray import tune
 
 from benchmarks.peers import Arrays
 from benchmarks.training import dataset
-from saltray import run, search
+from saltray import connection, search
 from saltray.config import SearchConfig
 from saltray.plan import Plan, plan
 from saltray.space import Space
@@ -47,7 +47,7 @@ def share(training: Arrays, validation: Arrays, workers: int = 1) -> Tiles:
 
 def plan_here(trials: int, **asked: Any) -> Plan:
     """Plan as a session does."""
-    return plan(run.nodes(), trials=trials, **asked)
+    return plan(connection.nodes(), trials=trials, **asked)
 
 
 def run_here(
@@ -63,7 +63,7 @@ def run_here(
     Raises:
         RuntimeError: not every trial ended well.
     """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, run.quiet(None):
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, connection.quiet(None):
         folder = Path(name)
         study = create_study(Place(folder))
         for parameters in enqueue:

@@ -9,7 +9,7 @@ import torch
 from benchmarks.peers import Arrays, PlainLoop, synthetic
 from benchmarks.rows import Row, at_most, interleaved, median
 from benchmarks.searches import plan_here, run_here, share
-from saltray import run
+from saltray import connection
 from saltray.config import SearchConfig, TrialConfig
 
 TRIALS, EPOCHS, CPUS = 20, 2, 2
@@ -70,12 +70,12 @@ def search_on_ray(
         starts: gets the seconds of Ray's start.
     """
     started = time.perf_counter()
-    run.connect(None, cpus=CPUS)
+    connection.connect(None, cpus=CPUS)
     starts.append(time.perf_counter() - started)
     config = SearchConfig(trials=TRIALS, epochs=EPOCHS, scheduler="none")
     run_here(space, share(training, validation), plan_here(TRIALS), config, enqueue=queue)
     taken = time.perf_counter() - started
-    run.disconnect()
+    connection.disconnect()
     return taken
 
 

@@ -18,7 +18,7 @@ from ray import tune
 
 from benchmarks.rows import Row, at_most, median, seconds
 from benchmarks.searches import run_here
-from saltray import run, search
+from saltray import connection, search
 from saltray.config import SearchConfig
 from saltray.plan import Plan
 from saltray.search import StudySearch
@@ -81,12 +81,12 @@ def measure() -> list[Row]:
 def overhead(trials: int) -> Row:
     """Run the trials through saltray's own search."""
     setattr(search, "run_trial", sleeping_trial)  # noqa: B010
-    run.connect(None, cpus=SIDE_BY_SIDE)
+    connection.connect(None, cpus=SIDE_BY_SIDE)
     chosen, config = Plan(SIDE_BY_SIDE, Share()), SearchConfig(trials=trials, epochs=EPOCHS, scheduler="none")  # type: ignore[arg-type]
     first = SearchConfig(trials=2 * SIDE_BY_SIDE, epochs=1, scheduler="none")
     start = seconds(lambda: run_here(space, None, chosen, first))
     taken = seconds(lambda: run_here(space, None, chosen, config))
-    run.disconnect()
+    connection.disconnect()
     length = EPOCHS * EPOCH_SECONDS
     ideal = trials * length / SIDE_BY_SIDE
     each = (taken - ideal) * SIDE_BY_SIDE / trials

@@ -14,7 +14,7 @@ from ray.data.extensions import ArrowTensorArray
 
 from benchmarks.peers import Arrays, PlainLoop, seed_config, synthetic
 from benchmarks.rows import Goal, Row, at_least, interleaved, median
-from saltray import cpu, run, stream
+from saltray import connection, cpu, stream
 from saltray.config import TrialConfig
 from saltray.training import fit
 from saltray.trial import DATA_SHARE, EVALUATION_BATCH
@@ -111,7 +111,7 @@ def measure() -> list[Row]:
     """Measure tiles a second of the two baseline networks."""
     tiles = synthetic(TRAINING + VALIDATION)
     training, validation = tiles.part(0, TRAINING), tiles.part(TRAINING, len(tiles))
-    run.connect(None, cpus=THREADS)
+    connection.connect(None, cpus=THREADS)
     held = dataset(training), dataset(validation)
     share = THREADS * (1 - DATA_SHARE)
     rows = []
@@ -131,7 +131,7 @@ def measure() -> list[Row]:
     # Its name tells the network and the size: rows of one name are compared.
     name = f"validation mAP of the same seed, a small ResUNet, {SAME['epochs']} epochs of {TRAINING} tiles"
     rows.append(Row(name, scores[-1], "mAP", same, None, note))
-    run.disconnect()
+    connection.disconnect()
     return rows
 
 

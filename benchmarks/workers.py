@@ -12,7 +12,7 @@ from benchmarks import trials
 from benchmarks.peers import Arrays, synthetic
 from benchmarks.rows import Row
 from benchmarks.searches import Clock, plan_here, run_here, share
-from saltray import run
+from saltray import connection
 from saltray.config import SearchConfig
 
 MACHINES = 4
@@ -33,7 +33,7 @@ def measure() -> list[Row]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
     for _ in range(MACHINES - 1):
         cluster.add_node(num_cpus=1)
-    run.connect(cluster.address)
+    connection.connect(cluster.address)
     validation = tiles.part(SEEDS, len(tiles))
     rows = []
     for workers in (1, 2, 4):
@@ -47,7 +47,7 @@ def measure() -> list[Row]:
         f"tiles in {two[0]:.1f} s against {one[0]:.1f}"
     )
     rows.append(Row("the baseline U-Net, CPU: 2 workers over 1", one[0] / two[0], "x", None, None, note))
-    run.disconnect()
+    connection.disconnect()
     cluster.shutdown()  # type: ignore[no-untyped-call]
     return rows
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from saltray import (
     checkpoint,
+    connection,
     ensemble,
     ensemble_bundle,
     folds,
@@ -84,7 +85,7 @@ def run_all(job: Job) -> dict[str, Any]:
     if job.data.fold is None:
         candidates = _kept(job)
     else:
-        with job.console.status("cutting the folds"), run.quiet(folder / "logs" / "refits.log"):
+        with job.console.status("cutting the folds"), connection.quiet(folder / "logs" / "refits.log"):
             every = folds.join([job.data.training, job.data.validation])
             parts = folds.split(every, job.data.fold)
         study = _refit_best(job, parts)
@@ -99,7 +100,10 @@ def run_all(job: Job) -> dict[str, Any]:
     if settings.pseudo_labels and not left["waiting"] and is_over(job):
         chosen, facts, again = _relabel(job, parts, chosen)
         left = {"waiting": again["waiting"], "failed": left["failed"] + again["failed"]}
-    with job.console.status("predicting with the ensemble"), run.quiet(folder / "logs" / "predict.log"):
+    with (
+        job.console.status("predicting with the ensemble"),
+        connection.quiet(folder / "logs" / "predict.log"),
+    ):
         return {**_publish(job, chosen, facts), **left}
 
 
@@ -133,14 +137,14 @@ def _refit_best(job: Job, parts: Sequence[ray.data.Dataset]) -> optuna.Study:
     refits.enqueue(study, [t.number for t in best_trials(job.study, job.size)], len(parts))
     if count(study).waiting:
         job.console.print(f"Refits: {refits.describe(job.size, len(parts))}.")
-        with run.quiet(job.mirror.home.folder / "logs" / "refits.log"):
+        with connection.quiet(job.mirror.home.folder / "logs" / "refits.log"):
             training = [folds.others(parts, fold) for fold in range(len(parts))]
         _run(job, study, name, training, parts)
     return study
 
 
 def _beside(job: Job, name: str) -> optuna.Study:
-    with run.quiet(job.mirror.home.folder / "logs" / "refits.log"):
+    with connection.quiet(job.mirror.home.folder / "logs" / "refits.log"):
         study = refits.beside(job.study, name)
         keep_trials_at(study, f"{job.mirror.home.trials}/{name}")
         return study
@@ -163,7 +167,7 @@ def _run(
     if Limits(study, config).stop_all():
         return
     chosen = plan(
-        run.nodes(),
+        connection.nodes(),
         trials=count(study).waiting,
         workers=settings.workers_per_trial,
         cpus=settings.cpus_per_trial,
@@ -174,7 +178,7 @@ def _run(
         job.console, study, trials=len(known), epochs=settings.epochs, time_budget=left.get("time_budget")
     )
     board = tracking.TensorBoard(home.folder / "tensorboard" / name, study)
-    with view, run.quiet(home.folder / "logs" / "refits.log"), board:
+    with view, connection.quiet(home.folder / "logs" / "refits.log"), board:
         pairs = zip(training, validation, strict=True)
         tiles = [Tiles.share(t, v, resources.workers, resources.elastic) for t, v in pairs]
         space = refits.space(_configs(job, study))
@@ -194,7 +198,7 @@ def _configs(job: Job, study: optuna.Study) -> Mapping[int, TrialConfig]:
 def _choose(job: Job, parts: Sequence[ray.data.Dataset], candidates: list[Candidate]) -> Chosen:
     """Let the candidates predict what they have not seen, and choose of them."""
     log = job.mirror.home.folder / "logs" / "predict.log"
-    with job.console.status("choosing the ensemble"), run.quiet(log):
+    with job.console.status("choosing the ensemble"), connection.quiet(log):
         known = outoffold.predict(parts, candidates, job.settings.seed)
         return Chosen(candidates, ensemble.choose(known))
 
@@ -241,7 +245,7 @@ def _pseudo_refits(job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen) 
     if known and not count(study).waiting and not (any(known) and refits.missing(study, members, len(parts))):
         return study
     log = job.mirror.home.folder / "logs" / "refits.log"
-    with job.console.status("labelling the test tiles"), run.quiet(log):
+    with job.console.status("labelling the test tiles"), connection.quiet(log):
         others = [folds.others(parts, fold) for fold in range(len(parts))]
         # No more than were labelled by hand: the contest's 18,000 test tiles would outvote those.
         labelled = [

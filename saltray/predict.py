@@ -27,7 +27,7 @@ def main(
         raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
     file = NewFile(out)
     prepare_to_join(address)
-    from saltray import checkpoint, dataset, inference, members, run, submission
+    from saltray import checkpoint, connection, dataset, inference, members, run, submission
 
     place = run.fetched(located(model))
     folder = next((place / name for name in ("ensemble", "best") if (place / name).is_dir()), place)
@@ -41,8 +41,8 @@ def main(
         missing = contest.path(dataset.DEPTHS)
         raise UserError(f"{missing}: no such file; {model} takes the depth of each tile (columns id, z)")
     table = dataset.read_test(contest, depth=any(takes_depth))
-    with run.quiet(None):
-        run.connect(address)
+    with connection.quiet(None):
+        connection.connect(address)
         try:
             tiles, bad = dataset.decode(table, skip_bad)
             problems = table.problems | bad
@@ -50,7 +50,7 @@ def main(
                 dataset.refuse(problems, data)
             codes = inference.segment(folder, tiles, chosen)
         finally:
-            run.disconnect()
+            connection.disconnect()
     file.write(lambda path: submission.write(path, table.ids, codes))
     if problems:
         typer.echo(

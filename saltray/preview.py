@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saltray import dataset, refits, run, session, splitting
+from saltray import connection, dataset, refits, run, session, splitting
 from saltray import space as spaces
 from saltray.config import TrialConfig, counted
 from saltray.engine import GRACE_EPOCHS, REDUCTION
@@ -32,17 +32,17 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
     """
     space = spaces.load(Path(settings.space))
     console = Console(file=sys.stdout, highlight=False)
-    with console.status("starting Ray"), run.quiet(None):
+    with console.status("starting Ray"), connection.quiet(None):
         samples = spaces.sample(
             space, SAMPLES, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial
         )
-        run.connect(address)
+        connection.connect(address)
     try:
         chosen = session.plan_for(console, settings, space)
         count = session.DEMO_TILES
         if not synthetic:
             count = len(dataset.read_train(dataset.open_folder(settings.data)).rows)
-        with console.status("timing the sampled networks"), run.quiet(None):
+        with console.status("timing the sampled networks"), connection.quiet(None):
             share = chosen.resources
             sharing = round(1 / share.gpus) if 0 < share.gpus < 1 else 1
             task = ray.remote(tiles_per_second).options(num_cpus=share.training()["CPU"])
@@ -56,7 +56,7 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
 
             rates = [rate_of(config) for _, config in samples]
     finally:
-        run.disconnect()
+        connection.disconnect()
     training_tiles = count * (splitting.FOLDS - 1) // splitting.FOLDS
     trial_seconds = [settings.epochs * training_tiles / rate if rate else math.inf for rate in rates]
     console.print(f"[bold]{escape(str(space.path))}[/]\n")

@@ -27,11 +27,11 @@ def main(
 ) -> None:
     """Write the report of a search: one HTML file that opens offline."""
     file = NewFile(out) if out else None
-    from saltray import findings, run, sections, storage
+    from saltray import connection, findings, run, sections, storage
 
     home = storage.home(located(place))
     folder = run.fetched(str(home))
-    with run.quiet(None):
+    with connection.quiet(None):
         page = sections.build(findings.read(folder, url=study))
     if file:
         file.write(page.write)

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from saltray import (
     blend,
+    connection,
     dataset,
     demo,
     ensemble_bundle,
@@ -89,14 +90,14 @@ def start(
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
             mirror.push()  # from now on, another session that still has the run is told
-            with run.quiet(folder / "logs" / "search.log"):
+            with connection.quiet(folder / "logs" / "search.log"):
                 study = create_study(place, settings.objective, space.path.read_text())
             summary.tell_start(console, data, left_out, settings, chosen, dashboard)
             if before is not None and other is not None:
                 _adopt(console, study, other, space, settings, data, before)
             _search_and_predict(console, mirror, settings, space, chosen, data, study)
     finally:
-        run.disconnect()
+        connection.disconnect()
 
 
 def resume(
@@ -108,7 +109,7 @@ def resume(
     place = Place(folder, url or settings.study, settings.study_name)
     study: optuna.Study | None = None
     try:
-        with run.quiet(None):
+        with connection.quiet(None):
             study = load_study(place)
         spaces.refuse_change(study.user_attrs.get("space", ""), space.path)
     except NoStudyError:
@@ -134,7 +135,7 @@ def resume(
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
             mirror.push()  # from now on, another session that still has the run is told
-            with run.quiet(folder / "logs" / "search.log"):
+            with connection.quiet(folder / "logs" / "search.log"):
                 study = study or create_study(place, settings.objective, space.path.read_text())
             summary.tell_start(console, data, left_out, settings, chosen, dashboard)
             if settings.warm_start and not is_adopted(study):  # the run was cut off before, or within it
@@ -142,7 +143,7 @@ def resume(
                 _adopt(console, study, _load_other(before), space, settings, data, before)
             _search_and_predict(console, mirror, settings, space, chosen, data, study)
     finally:
-        run.disconnect()
+        connection.disconnect()
 
 
 def _console() -> Console:
@@ -154,18 +155,18 @@ def _connect(console: Console, address: str | None) -> str:
         console.print(
             "MLFLOW_TRACKING_URI: nothing is logged there without pip install -e '.[mlflow]'", markup=False
         )
-    with console.status("starting Ray"), run.quiet(None):
+    with console.status("starting Ray"), connection.quiet(None):
         tracking.mlflow_client()  # where it is asked for and cannot be reached, this is told now
-        return run.connect(address)
+        return connection.connect(address)
 
 
 def _probe(console: Console, home: storage.Home) -> None:
-    with console.status("trying the run's folder from every machine"), run.quiet(None):
+    with console.status("trying the run's folder from every machine"), connection.quiet(None):
         shared_folder.probe(home)
 
 
 def _check(space: Space, settings: run.Settings) -> None:
-    with run.quiet(None):
+    with connection.quiet(None):
         spaces.sample(
             space, CHECKED, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial
         )
@@ -179,12 +180,12 @@ def plan_for(console: Console, settings: run.Settings, space: Space, trials: int
         GpuError: PyTorch cannot use a machine's GPUs.
         RunError: GPU-hours are asked for, and there is no GPU.
     """
-    nodes = run.nodes()
+    nodes = connection.nodes()
     share = settings.gpus_per_trial
     if share == "auto" and settings.workers_per_trial > 1:
         raise PlanError("--gpus-per-trial auto: only trials of one worker share a GPU; leave it out")
     if share == "auto":
-        with console.status("timing trials that share a GPU"), run.quiet(None):
+        with console.status("timing trials that share a GPU"), connection.quiet(None):
             gpus.check()
             # The space's first configuration; without one, a sampled one.
             _, config = spaces.sample(space, 1, epochs=settings.epochs, seed=settings.seed, workers=1)[0]
@@ -197,7 +198,7 @@ def plan_for(console: Console, settings: run.Settings, space: Space, trials: int
         gpus=share,
     )
     if chosen.resources.gpus and settings.gpus_per_trial != "auto":
-        with console.status("trying the GPUs"), run.quiet(None):
+        with console.status("trying the GPUs"), connection.quiet(None):
             gpus.check()
     if settings.gpu_hours is not None and not chosen.resources.gpus:
         raise run.RunError(f"--gpu-hours {settings.gpu_hours:g}: trials have no GPU here; use --time-budget")
@@ -206,7 +207,7 @@ def plan_for(console: Console, settings: run.Settings, space: Space, trials: int
 
 def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str]]:
     """Read, decode and check all tiles; return them and what was left out."""
-    with console.status("reading and checking the tiles"), run.quiet(None):
+    with console.status("reading and checking the tiles"), connection.quiet(None):
         folder = dataset.open_folder(settings.data)
         train, test = dataset.read_train(folder), dataset.read_test(folder)
         coverage, groups = train.rows["coverage"], splitting.read_groups(train, settings.split)
@@ -231,7 +232,7 @@ def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str
 def _load_other(folder: Path) -> optuna.Study:
     """Open the study of the run that a new one starts from."""
     settings = run.read_settings(folder)
-    with run.quiet(None):
+    with connection.quiet(None):
         return load_study(Place(folder, settings.study, settings.study_name))
 
 
@@ -256,7 +257,7 @@ def _adopt(
         }.items()
         if not same
     ]
-    with run.quiet(None):
+    with connection.quiet(None):
         taken = adopt(study, other, space.draw, origin, compares=not differs)
     if differs:
         console.print(
@@ -285,12 +286,12 @@ def _search_and_predict(
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(view)
-        stack.enter_context(run.quiet(folder / "logs" / "search.log"))
+        stack.enter_context(connection.quiet(folder / "logs" / "search.log"))
         trackers = [stack.enter_context(tracker) for tracker in tracking.trackers(folder, study)]
         tiles = Tiles.share(data.training, data.validation, chosen.resources.workers)
         callbacks = [view, *trackers, storage.Mirroring(mirror)]
         reached = search.run_search(space, tiles, chosen, mirror.home.trials, study, settings, callbacks)
-    with console.status("predicting"), run.quiet(folder / "logs" / "predict.log"):
+    with console.status("predicting"), connection.quiet(folder / "logs" / "predict.log"):
         # A submission that an ensemble has written stays until the next ensemble is there.
         submit = not (folder / ensemble_bundle.FOLDER).exists()
         best, facts = outcome.publish_best(folder, study, data, submit=submit)
@@ -303,7 +304,7 @@ def _search_and_predict(
             facts["ensemble"] = blend.run_all(job)
         except UserError as error:
             problem = error
-    with console.status("writing the report"), run.quiet(folder / "logs" / "report.log"):
+    with console.status("writing the report"), connection.quiet(folder / "logs" / "report.log"):
         facts["report"] = _report(mirror.home, study)
     summary.tell_end(console, mirror.home, settings, study, best, facts, reached)
     if problem is not None:

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.markup import escape
 
-from saltray import blend, run, storage, submission
+from saltray import blend, connection, run, storage, submission
 from saltray.config import counted
 from saltray.folds import Data
 from saltray.metrics import Postprocessing
@@ -19,7 +19,7 @@ from saltray.view import text
 
 def tell_busy(console: Console) -> None:
     """Tell that other work holds CPUs: two searches that plan with all of them starve each other's data."""
-    free, all_of_them = run.cpus()
+    free, all_of_them = connection.cpus()
     if all_of_them - free > 0.5:  # less is a single task, or what is being given back
         console.print(
             f"[yellow]Other work holds {all_of_them - free:g} of this cluster's {all_of_them:g} CPUs[/], all "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saltray import demo, run
+from saltray import connection, demo
 from tests.integration.programs import SPACE, Program
 
 
@@ -15,9 +15,9 @@ def local_ray() -> Iterator[None]:
     """Start a Ray of two CPUs of the tests' own, set up as a search sets it; never join another."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)  # without it, `connect` starts a Ray of its own
-        run.connect(None, cpus=2)
+        connection.connect(None, cpus=2)
         yield
-        run.disconnect()
+        connection.disconnect()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from saltray import blend, checkpoint, refits, run, search
+from saltray import blend, checkpoint, connection, refits, run, search
 from saltray.config import DEBUG
 from saltray.model import build_model
 from saltray.outoffold import Candidate, Source
@@ -71,7 +71,7 @@ def run_refits(job: blend.Job, monkeypatch: pytest.MonkeyPatch, gone: float = 0)
     refits.enqueue(study, [1], 2)
     monkeypatch.setattr(search, "run_search", lambda *arguments, **_: begun.append(arguments[5]))
     monkeypatch.setattr(Tiles, "share", lambda *_: None)
-    monkeypatch.setattr(run, "nodes", lambda: [{"CPU": 2.0, "GPU": 1.0}])
+    monkeypatch.setattr(connection, "nodes", lambda: [{"CPU": 2.0, "GPU": 1.0}])
     later = replace(job, console=Console(quiet=True), started=time.monotonic() - gone)
     blend._run(later, study, "folds-2", [NOTHING] * 2, [NOTHING] * 2)
     return begun

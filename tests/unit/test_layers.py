@@ -45,6 +45,7 @@ LAYERS = [
     ["inference"],
     ["outoffold", "pseudo"],
     ["refits"],
+    ["connection"],
     ["run"],
     ["bundle"],
     ["ensemble_bundle"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saltray import checkpoint, dataset, demo, inference, members, predict, run
+from saltray import checkpoint, connection, dataset, demo, inference, members, predict
 from saltray.config import TILE, ModelConfig, TrialConfig, UserError
 from saltray.model import build_model
 
@@ -47,8 +47,8 @@ def test_a_model_that_takes_the_depth_needs_depths(
         raise RayStarted
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(run, "connect", connect)
-    monkeypatch.setattr(run, "disconnect", lambda: None)
+    monkeypatch.setattr(connection, "connect", connect)
+    monkeypatch.setattr(connection, "disconnect", lambda: None)
     folder = tmp_path / "model"
     model = make_ensemble(folder, depth) if len(depth) > 1 else make_model(folder, depth[0])
     with pytest.raises(UserError if any(depth) else RayStarted) as caught:

@@ -12,7 +12,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from saltray import report, run, sections, storage, tile_figures, trial_figures, validation
+from saltray import connection, report, run, sections, storage, tile_figures, trial_figures, validation
 from saltray.config import Split, UserError
 from saltray.splitting import NEIGHBOURS
 from saltray.study import load_study, score
@@ -48,7 +48,7 @@ def trials() -> list[FrozenTrial]:
 
 def told(folder: Path) -> tuple[dict[str, str], str]:
     """Write a report; return what is read in each section, and the whole HTML."""
-    with run.quiet(None):
+    with connection.quiet(None):
         html = report.write(folder).read_text()
     parts = re.findall(r'<section id="section-\d+">\s*<h2>(.*?)</h2>(.*?)</section>', html, re.DOTALL)
     without_scripts = {
@@ -288,7 +288,7 @@ def test_what_is_damaged_is_named_and_an_old_report_stays(
     folder = make_run(tmp_path, [], predicted=True)
     before = report.write(folder).read_text()
     (folder / file).write_text(content)
-    with run.quiet(None), pytest.raises(UserError, match=message):
+    with connection.quiet(None), pytest.raises(UserError, match=message):
         report.write(folder)
     assert (folder / "report.html").read_text() == before
 

@@ -7,7 +7,7 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from saltray import run, storage, summary
+from saltray import connection, run, storage, summary
 from saltray.study import load_study
 from tests.runs import make_run, make_trial
 
@@ -32,10 +32,10 @@ def said(console: Console) -> str:
 
 
 def test_cpus_that_other_work_holds_are_told(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "cpus", lambda: (16.0, 16.0))
+    monkeypatch.setattr(connection, "cpus", lambda: (16.0, 16.0))
     summary.tell_busy(console)
     assert said(console) == ""
-    monkeypatch.setattr(run, "cpus", lambda: (2.5, 16.0))
+    monkeypatch.setattr(connection, "cpus", lambda: (2.5, 16.0))
     summary.tell_busy(console)
     assert "Other work holds 13.5 of this cluster's 16 CPUs" in said(console)
 
