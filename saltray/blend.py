@@ -32,15 +32,16 @@ from saltray import (
     tracking,
 )
 from saltray.bundle import publish
+from saltray.candidates import kept
 from saltray.config import TrialConfig, counted
 from saltray.ensemble import Selection
 from saltray.ensemble_section import pseudo_labels_in_words
 from saltray.folds import Data
 from saltray.limits import Limits, ended_without_gain
 from saltray.metrics import Postprocessing
-from saltray.outoffold import Candidate, Source
+from saltray.outoffold import Candidate
 from saltray.plan import Plan, plan
-from saltray.study import REFITS, best_trials, checkpoints_of, count, keep_trials_at
+from saltray.study import REFITS, best_trials, count, keep_trials_at
 from saltray.trial import Tiles
 from saltray.view import LiveView
 
@@ -58,6 +59,8 @@ class Job:
     """The search's."""
     started: float
     """When the search began, by `time.monotonic`: the time budget is for all together."""
+    others: Sequence[Candidate] = ()
+    """What other runs have for the ensemble."""
 
     @property
     def size(self) -> int:
@@ -83,7 +86,7 @@ def run_all(job: Job) -> dict[str, Any]:
     settings, folder = job.settings, job.mirror.home.folder
     parts, left = [job.data.validation], {"waiting": 0, "failed": 0}
     if job.data.fold is None:
-        candidates = _kept(job)
+        candidates = kept(job.study, job.size)
     else:
         with job.console.status("cutting the folds"), connection.quiet(folder / "logs" / "refits.log"):
             every = folds.join([job.data.training, job.data.validation])
@@ -95,7 +98,7 @@ def run_all(job: Job) -> dict[str, Any]:
             left["trials_left"] = settings.trials - count(job.study).ended
     if not candidates:
         return left
-    chosen = _choose(job, parts, candidates)
+    chosen = _choose(job, parts, [*candidates, *job.others])
     facts: dict[str, Any] = {}
     if settings.pseudo_labels and not left["waiting"] and is_over(job):
         chosen, facts, again = _relabel(job, parts, chosen)
@@ -112,20 +115,6 @@ def is_over(job: Job) -> bool:
     patience = job.settings.patience
     enough = count(job.study).ended >= job.settings.trials
     return enough or (patience is not None and ended_without_gain(job.study) >= patience)
-
-
-def _kept(job: Job) -> list[Candidate]:
-    """Return the best trials' kept weights and snapshots as candidates."""
-    found = []
-    for trial in best_trials(job.study, job.size):
-        place, name = outoffold.readable(checkpoints_of(job.study, trial)), f"trial {trial.number}"
-        if place is None:
-            continue
-        found.append(Candidate(trial.number, name, (Source(place),)))
-        for snapshot in range(outoffold.count_snapshots(place)):
-            source = Source(place, snapshot)
-            found.append(Candidate(trial.number, f"{name}, snapshot {snapshot + 1}", (source,)))
-    return found
 
 
 def _refit_best(job: Job, parts: Sequence[ray.data.Dataset]) -> optuna.Study:

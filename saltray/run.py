@@ -66,6 +66,8 @@ class Settings(SearchConfig):
     """On how many folds the best configurations are trained again after the search; None for not at all."""
     ensemble: Annotated[int, Field(ge=1, le=50)] | None = None
     """From how many of the best configurations an ensemble is chosen; None for none, or one with `folds`."""
+    ensemble_with: tuple[str, ...] = ()
+    """Other runs, paths or URIs, whose models the ensemble may take as well."""
     pseudo_labels: bool = False
     """Whether the refits are done once more, with test tiles that the first ones are sure of."""
     study: str | None = None
@@ -78,6 +80,13 @@ class Settings(SearchConfig):
     def _has_what_it_needs(self) -> Self:
         if self.pseudo_labels and self.folds is None:
             raise ValueError("--pseudo-labels needs --folds: the models of a fold label tiles for it")
+        if self.ensemble_with and not self.blends:
+            raise ValueError("--ensemble-with needs --ensemble, or --folds")
+        if self.ensemble_with and self.pseudo_labels:
+            raise ValueError(
+                "--pseudo-labels trains the ensemble's members again, those of --ensemble-with it cannot; "
+                "leave one of them out"
+            )
         if self.objective == "map+speed" and (self.folds or self.ensemble):
             raise ValueError(
                 "--folds and --ensemble look for the best score at any cost, --objective map+speed does not; "
@@ -233,8 +242,9 @@ def options(settings: Settings, space: Path) -> str:
         given["time_budget"] = f"{settings.time_budget:.12g}s"
     words = []
     for name, value in given.items():
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-        words.append(f"--{name.replace('_', '-')} {shlex.quote(text)}")
+        for each in value if isinstance(value, tuple) else (value,):
+            text = f"{each:g}" if isinstance(each, float) else str(each)
+            words.append(f"--{name.replace('_', '-')} {shlex.quote(text)}")
     words += [f"--{name.replace('_', '-')}" for name in switches if getattr(settings, name)]
     return " ".join(words)
 

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -13,6 +14,7 @@ from rich.markup import escape
 
 from saltray import (
     blend,
+    candidates,
     connection,
     dataset,
     demo,
@@ -32,6 +34,7 @@ from saltray import (
 from saltray import space as spaces
 from saltray.config import UserError
 from saltray.folds import Data
+from saltray.outoffold import Candidate
 from saltray.plan import Plan, PlanError, plan
 from saltray.space import Space
 from saltray.study import (
@@ -86,6 +89,8 @@ def start(
             console.print("No --data: making synthetic seismic tiles.")
             demo.write(run.demo_data(folder).parent, train=DEMO_TILES, test=200, seed=settings.seed)
         data, left_out = _read(console, settings)
+        with connection.quiet(None):  # what cannot be had of them is told before the search, not after it
+            others = candidates.of_runs(settings, home, data.fingerprint)
         run.create(folder, space.path)
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
@@ -95,7 +100,7 @@ def start(
             summary.tell_start(console, data, left_out, settings, chosen, dashboard)
             if before is not None and other is not None:
                 _adopt(console, study, other, space, settings, data, before)
-            _search_and_predict(console, mirror, settings, space, chosen, data, study)
+            _search_and_predict(console, mirror, settings, space, chosen, data, study, others)
     finally:
         connection.disconnect()
 
@@ -132,6 +137,8 @@ def resume(
         chosen = plan_for(console, settings.model_copy(update={"gpu_hours": None}), space, left or None)
         _probe(console, home)
         data, left_out = _read(console, settings)
+        with connection.quiet(None):  # what cannot be had of them is told before the search, not after it
+            others = candidates.of_runs(settings, home, data.fingerprint)
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
             mirror.push()  # from now on, another session that still has the run is told
@@ -141,7 +148,7 @@ def resume(
             if settings.warm_start and not is_adopted(study):  # the run was cut off before, or within it
                 before = run.fetched(settings.warm_start)
                 _adopt(console, study, _load_other(before), space, settings, data, before)
-            _search_and_predict(console, mirror, settings, space, chosen, data, study)
+            _search_and_predict(console, mirror, settings, space, chosen, data, study, others)
     finally:
         connection.disconnect()
 
@@ -278,6 +285,7 @@ def _search_and_predict(
     chosen: Plan,
     data: Data,
     study: optuna.Study,
+    others: Sequence[Candidate],
 ) -> None:
     mirror.push()  # the study, before Ray writes below trials/: with those and without it a run is refused
     folder, started = mirror.home.folder, time.monotonic()
@@ -299,7 +307,7 @@ def _search_and_predict(
     problem: UserError | None = None
     if settings.blends:
         # The best model is on the disk by now; its report follows, whatever becomes of this.
-        job = blend.Job(console, mirror, settings, study, data, chosen, started)
+        job = blend.Job(console, mirror, settings, study, data, chosen, started, others)
         try:
             facts["ensemble"] = blend.run_all(job)
         except UserError as error:

@@ -117,6 +117,14 @@ def main(
             rich_help_panel=AFTER,
         ),
     ] = None,
+    ensemble_with: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let the ensemble take models of this run too: same tiles, split, seed and folds. May be "
+            "given more than once; an empty text takes back those of earlier sessions.",
+            rich_help_panel=AFTER,
+        ),
+    ] = None,
     pseudo_labels: Annotated[
         bool,
         typer.Option(
@@ -182,6 +190,9 @@ def main(
         "cpus_per_trial": cpus_per_trial,
         "folds": folds,
         "ensemble": ensemble,
+        "ensemble_with": None
+        if ensemble_with is None
+        else [located(other) for other in ensemble_with if other],
         "pseudo_labels": pseudo_labels or None,
     }
     fixed = {

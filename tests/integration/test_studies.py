@@ -1,6 +1,7 @@
 """Studies as a user keeps them: in a server, started from another run, with another engine."""
 
 import gc
+import json
 import os
 import shutil
 import socket
@@ -96,10 +97,15 @@ def test_one_run_starts_from_anothers_results(start: type[Program], files: Path,
     other.write_text(OTHER_SPACE)
     arguments: list[str | Path] = ["saltray.tune", "--data", files / "data", "--space", other, "--out", after]
     engine = ["--objective", "map", "--scheduler", "median", "--trials", "2", "--epochs", "1"]
-    told = start(*arguments, *engine, "--warm-start", before).finish()
+    joined: list[str | Path] = ["--ensemble", "2", "--ensemble-with", before]
+    told = start(*arguments, *engine, *joined, "--warm-start", before).finish()
     taken = sum(t.params["filters"] >= 2 for t in load_study(before).trials)
     assert f"{taken} results of {before} taken over" in told
     assert f"--warm-start {before}" in told.split("repeat")[1]
+    assert f"--ensemble-with {before}" in told.split("repeat")[1]
+    facts = json.loads((after / "ensemble" / "metrics.json").read_text())
+    names = [candidate["name"] for candidate in facts["candidates"]]
+    assert len(names) == 4 and sum(name.endswith(" of before") for name in names) == 2
     study = load_study(after)
     assert count(study).complete == 2
     assert len(study.trials) == 2 + taken

@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from saltray import blend, checkpoint, connection, refits, run, search
+from saltray.candidates import kept
 from saltray.config import DEBUG
 from saltray.model import build_model
 from saltray.outoffold import Candidate, Source
@@ -41,7 +42,7 @@ def make_job(folder: Path, scores: list[float], **settings: Any) -> blend.Job:
 def test_without_folds_the_best_trials_and_their_snapshots_are_candidates(tmp_path: Path) -> None:
     job = make_job(tmp_path, [0.4, 0.6, 0.5], ensemble=2)
     first, second = str(tmp_path / "trial1"), str(tmp_path / "trial2")
-    assert blend._kept(job) == [
+    assert kept(job.study, 2) == [
         Candidate(1, "trial 1", (Source(first),)),
         Candidate(1, "trial 1, snapshot 1", (Source(first, 0),)),
         Candidate(1, "trial 1, snapshot 2", (Source(first, 1),)),

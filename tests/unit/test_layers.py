@@ -47,7 +47,7 @@ LAYERS = [
     ["refits"],
     ["connection"],
     ["run"],
-    ["bundle"],
+    ["bundle", "candidates"],
     ["ensemble_bundle"],
     ["outcome"],
     ["view"],
@@ -154,7 +154,7 @@ def test_only_the_search_and_its_readers_know_optuna() -> None:
         "tracking",
         "refits",
     }
-    known |= {"blend", "summary", "session", "preview"}
+    known |= {"candidates", "blend", "summary", "session", "preview"}
     known |= {"ensemble_section", "trial_figures", "tile_figures", "findings", "sections", "report"}
     assert {name for name in MODULES if foreign(name, "optuna")} <= known
 
