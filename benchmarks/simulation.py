@@ -121,7 +121,7 @@ def simulate(make: Callable[[int, Any], tuple[Any, Any]], surface: str, seed: in
             if trial.diverges and trial.epoch == 2:
                 running.remove(trial)
                 value = math.nan if isinstance(searcher, OptunaSearch) else 0.0
-                result = _result(trial.epoch, value, finished=True) | {"diverged": "the loss is nan"}
+                result = _result(trial.epoch, value, finished=True) | {"failed": "the loss is nan"}
                 searcher.on_trial_complete(trial.name, result)
                 continue
             seen = float(trial.true[trial.epoch - 1] + NOISE * trial.rng.standard_normal())

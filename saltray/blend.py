@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import optuna
 import ray.data
 from rich.console import Console
+from rich.markup import escape
 
 from saltray import (
     checkpoint,
@@ -32,7 +33,7 @@ from saltray import (
     tracking,
 )
 from saltray.bundle import publish
-from saltray.candidates import kept
+from saltray.candidates import kept, of_runs
 from saltray.config import TrialConfig, counted
 from saltray.ensemble import Selection
 from saltray.ensemble_section import pseudo_labels_in_words
@@ -59,8 +60,6 @@ class Job:
     """The search's."""
     started: float
     """When the search began, by `time.monotonic`: the time budget is for all together."""
-    others: Sequence[Candidate] = ()
-    """What other runs have for the ensemble."""
 
     @property
     def size(self) -> int:
@@ -98,7 +97,8 @@ def run_all(job: Job) -> dict[str, Any]:
             left["trials_left"] = settings.trials - count(job.study).ended
     if not candidates:
         return left
-    chosen = _choose(job, parts, [*candidates, *job.others])
+    others = of_runs(settings, job.mirror.home, job.data.fingerprint)
+    chosen = _choose(job, parts, [*candidates, *others])
     facts: dict[str, Any] = {}
     if settings.pseudo_labels and not left["waiting"] and is_over(job):
         chosen, facts, again = _relabel(job, parts, chosen)
@@ -314,7 +314,7 @@ def in_words(facts: dict[str, Any]) -> dict[str, str]:
     """Write what is known of an ensemble in words, by the names of the end table's lines."""
     lines = {}
     if "models" in facts:
-        used = [f"{c['name']} ({c['weight']:.2f})" for c in facts["candidates"] if c["weight"]]
+        used = [f"{escape(c['name'])} ({c['weight']:.2f})" for c in facts["candidates"] if c["weight"]]
         lines["ensemble"] = f"{facts['models']} models, by weight of {', '.join(used)}"
         where = f"{facts['folds']} folds, out of fold" if facts["folds"] else "the validation tiles"
         folds = ", ".join(f"{value:.4f}" for value in facts["by_fold"])

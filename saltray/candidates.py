@@ -3,6 +3,7 @@
 import shlex
 
 import optuna
+from optuna.exceptions import StorageInternalError
 
 from saltray import outoffold, refits, run, storage
 from saltray.config import UserError
@@ -39,15 +40,20 @@ def of_runs(settings: run.Settings, own: storage.Home, tiles: str) -> list[Candi
             that is done.
     """
     found = []
-    for where in settings.ensemble_with:
-        home = storage.home(where)
+    homes = {storage.home(where): where for where in settings.ensemble_with}
+    names = [home.folder.name for home in homes]
+    for home, where in homes.items():
+        name = home.folder.name if names.count(home.folder.name) == 1 else where
         try:
             if home == own:
                 raise run.RunError("that is this run itself")
-            folder = run.fetched(where)
-            found += [c._replace(name=f"{c.name} of {folder.name}") for c in _of_run(home, settings, tiles)]
+            run.fetched(where)
+            found += [c._replace(name=f"{c.name} of {name}") for c in _of_run(home, settings, tiles)]
         except UserError as error:
-            raise run.RunError(f"--ensemble-with {where}: {error}") from None
+            again = "To go on without it: --ensemble-with ''"
+            raise run.RunError(f"--ensemble-with {where}: {error}. {again}") from None
+        except StorageInternalError as error:
+            raise run.RunError(f"--ensemble-with {where}: its study cannot be used: {error}") from None
     return found
 
 

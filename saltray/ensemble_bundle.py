@@ -91,7 +91,7 @@ tags: [seismic, salt, segmentation, pytorch, u-net, ensemble]
 # {name}: salt in seismic tiles, by an ensemble
 
 The weighted mean of the probabilities of {models} networks marks salt in 101x101 tiles of seismic images.
-Found by a search with saltray; the members were selected greedily, with replacement, from its best
+Found by a search with saltray; the members were selected greedily, with replacement, from the best
 configurations (Caruana et al. 2004).
 
 | member | weight | mAP alone, at probability 0.50 |

@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saltray.config import UserError, counted
@@ -33,25 +34,28 @@ def check() -> None:
     """
     if os.environ.get(SIMULATED):
         return
+    # Its process ends with the task: else its context would stay in the GPU's memory.
+    trying: Any = ray.remote(num_gpus=LEAST, max_calls=1)(problem)
     asked: dict[Any, str] = {}
     for node in ray.nodes():  # type: ignore[no-untyped-call]
         if not node["Alive"] or node["Resources"].get("GPU", 0) < 1:
             continue
         place = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        task: Any = ray.remote(problem).options(
-            num_cpus=0, num_gpus=LEAST, scheduling_strategy=place, max_retries=0
-        )
+        task = trying.options(num_cpus=0, scheduling_strategy=place, max_retries=0)
         number = counted(node["Resources"]["GPU"], "GPU")
         asked[task.remote()] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {number}"
     answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
     for waiting in silent:
         ray.cancel(waiting)
     for answer in answered:
-        found = ray.get(answer)
+        try:
+            found = ray.get(answer)
+        except RayError as error:
+            found = f"saltray's task there died: {str(error).strip().splitlines()[-1]}. Is saltray installed?"
         if found:
             raise GpuError(
-                f"{asked[answer]} by Ray's count, which PyTorch {torch.__version__} cannot use: {found}. "
-                "Install a PyTorch that fits the machine's driver, or train on CPUs: --gpus-per-trial 0"
+                f"{asked[answer]} by Ray's count, and none that can be used. {found.rstrip('.?')}. Install a "
+                "PyTorch that fits the machine's driver, or train on CPUs: --gpus-per-trial 0"
             )
 
 
@@ -60,6 +64,6 @@ def problem() -> str:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.ones(8, device="cuda").sum().item()
-    except (RuntimeError, AssertionError) as error:
-        return str(error).strip().partition("\n")[0].rstrip(".")
+    except Exception as error:  # CUDA's own kinds are no RuntimeErrors
+        return f"PyTorch {torch.__version__}: {str(error).strip().partition(chr(10))[0]}"
     return ""

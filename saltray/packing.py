@@ -6,14 +6,14 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import ActorDiedError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saltray import cpu
 from saltray.config import TILE, TrialConfig
 from saltray.plan import PlanError
 from saltray.training import Learner, train_epoch
-from saltray.trial import WorkerResources
+from saltray.trial import NO_ROOM, WorkerResources
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Trials on one GPU that are tried, in this order."""
@@ -23,9 +23,6 @@ GAIN = 1.05
 
 TIMED_SECONDS = 1.0
 """How long a network trains to be timed, after two steps that are not counted."""
-
-NO_ROOM = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED", "unable to find an engine")
-"""What PyTorch, CUDA, cuBLAS and cuDNN say where a GPU's memory is too small."""
 
 
 def tiles_per_second(config: dict[str, Any], resources: WorkerResources) -> float:
@@ -98,7 +95,8 @@ def best_count(rate: Callable[[int], float], most: int) -> int:
     best, highest = 1, rate(1)
     if not highest:
         raise PlanError(
-            "--gpus-per-trial auto: the first configuration alone is too large for a GPU's memory"
+            "--gpus-per-trial auto: the first configuration alone is too large for a GPU's memory, or the "
+            "machine's, or its process died"
         )
     for count in COUNTS[1:]:
         if count > most:
@@ -131,8 +129,8 @@ def together(config: dict[str, Any], resources: WorkerResources, count: int) -> 
             workers += [more.remote(config, resources) for _ in range(count - 1)]
         ray.get([worker.rate.remote() for worker in workers])  # until all are up, they do not share it
         return float(sum(ray.get([worker.rate.remote() for worker in workers])))
-    except ActorDiedError:
-        return 0.0  # by the kernel, most likely, where so many processes have no room in memory
+    except (RayActorError, OutOfMemoryError):
+        return 0.0  # by the kernel or Ray, most likely, where so many processes have no room in memory
     except RuntimeError as error:
         if any(words in str(error) for words in NO_ROOM):
             return 0.0

@@ -18,7 +18,7 @@ from saltray import space as spaces
 from saltray.config import TrialConfig, counted
 from saltray.engine import GRACE_EPOCHS, REDUCTION
 from saltray.model import build_model, count_parameters
-from saltray.packing import tiles_per_second, together
+from saltray.packing import most_side_by_side, tiles_per_second, together
 from saltray.view import duration, text
 
 SAMPLES = 10
@@ -44,7 +44,10 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
             count = len(dataset.read_train(dataset.open_folder(settings.data)).rows)
         with console.status("timing the sampled networks"), connection.quiet(None):
             share = chosen.resources
-            sharing = round(1 / share.gpus) if 0 < share.gpus < 1 else 1
+            # Of those that share a GPU, as many as run at once.
+            sharing = min(round(1 / share.gpus) if 0 < share.gpus < 1 else 1, chosen.concurrency)
+            if sharing > 1:
+                sharing = min(sharing, most_side_by_side(connection.nodes(), share.cpus))
             task = ray.remote(tiles_per_second).options(num_cpus=share.training()["CPU"])
 
             def rate_of(config: TrialConfig) -> float:
@@ -70,7 +73,7 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
     )
     fitting = [seconds for seconds in trial_seconds if seconds < math.inf]
     if not fitting:
-        console.print("None of them fits into a GPU's memory beside as many others.", style="yellow")
+        console.print("None of them fits into its share of a GPU's memory.", style="yellow")
         return
     mean = sum(fitting) / len(fitting)
     console.print(_estimate(settings, mean, chosen.concurrency), soft_wrap=True)

@@ -84,8 +84,8 @@ class Settings(SearchConfig):
             raise ValueError("--ensemble-with needs --ensemble, or --folds")
         if self.ensemble_with and self.pseudo_labels:
             raise ValueError(
-                "--pseudo-labels trains the ensemble's members again, those of --ensemble-with it cannot; "
-                "leave one of them out"
+                "--pseudo-labels trains the ensemble's members again, which it cannot with those of "
+                "--ensemble-with; leave one of them out (--ensemble-with '')"
             )
         if self.objective == "map+speed" and (self.folds or self.ensemble):
             raise ValueError(

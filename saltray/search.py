@@ -205,7 +205,7 @@ class StudySearch(Searcher):
         trial.set_user_attr("seconds", round(sum(row["seconds"] for row in rows), 3))
         trial.set_user_attr("host", result["hostname"])
         if "failed" in result:
-            self.record_failure(trial_id, result["failed"])
+            self.record_failure(trial_id, result["failed"], result.get("crashed", False))
         elif result.get("finished"):
             trial.set_user_attr("outcome", f"ran to its end, epoch {result['epoch']}")
             fastest = max((row["validation_tiles_per_second"] for row in rows), default=0.0)
@@ -234,8 +234,11 @@ class Recorder(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Take note that trials get on."""
-        self._crashes = 0
+        """Take note that trials get on; raises SearchError where each fails before its first epoch."""
+        if result.get("crashed"):
+            self._count_crash(result["failed"])
+        else:
+            self._crashes = 0
 
     def on_checkpoint(
         self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any
@@ -250,17 +253,20 @@ class Recorder(tune.Callback):
             SearchError: the disk is full, or one trial after the other crashes. The trial waits for the next
                 session, and no other has to fail.
         """
-        self._crashes += 1
         lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
         reason = lines[-1] if lines else "its process died"
         if any(os.strerror(errno.ENOSPC) in line for line in lines):
             raise SearchError(f"{lines[-1]}. {DISK_FULL}")
+        self._count_crash(reason)
+        self._search.record_failure(trial.trial_id, reason, crashed=True)
+
+    def _count_crash(self, reason: str) -> None:
+        self._crashes += 1
         if self._crashes >= CRASHES:
             raise SearchError(
                 f"{self._crashes} trials in a row crashed without an epoch, the last of: {reason}. "
                 "Mend it, then go on with the run: --resume"
             )
-        self._search.record_failure(trial.trial_id, reason, crashed=True)
 
 
 class Trimmer(tune.Callback):

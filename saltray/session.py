@@ -4,7 +4,6 @@ import contextlib
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -34,7 +33,6 @@ from saltray import (
 from saltray import space as spaces
 from saltray.config import UserError
 from saltray.folds import Data
-from saltray.outoffold import Candidate
 from saltray.plan import Plan, PlanError, plan
 from saltray.space import Space
 from saltray.study import (
@@ -90,7 +88,7 @@ def start(
             demo.write(run.demo_data(folder).parent, train=DEMO_TILES, test=200, seed=settings.seed)
         data, left_out = _read(console, settings)
         with connection.quiet(None):  # what cannot be had of them is told before the search, not after it
-            others = candidates.of_runs(settings, home, data.fingerprint)
+            candidates.of_runs(settings, home, data.fingerprint)
         run.create(folder, space.path)
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
@@ -100,7 +98,7 @@ def start(
             summary.tell_start(console, data, left_out, settings, chosen, dashboard)
             if before is not None and other is not None:
                 _adopt(console, study, other, space, settings, data, before)
-            _search_and_predict(console, mirror, settings, space, chosen, data, study, others)
+            _search_and_predict(console, mirror, settings, space, chosen, data, study)
     finally:
         connection.disconnect()
 
@@ -138,7 +136,7 @@ def resume(
         _probe(console, home)
         data, left_out = _read(console, settings)
         with connection.quiet(None):  # what cannot be had of them is told before the search, not after it
-            others = candidates.of_runs(settings, home, data.fingerprint)
+            candidates.of_runs(settings, home, data.fingerprint)
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
             mirror.push()  # from now on, another session that still has the run is told
@@ -148,7 +146,7 @@ def resume(
             if settings.warm_start and not is_adopted(study):  # the run was cut off before, or within it
                 before = run.fetched(settings.warm_start)
                 _adopt(console, study, _load_other(before), space, settings, data, before)
-            _search_and_predict(console, mirror, settings, space, chosen, data, study, others)
+            _search_and_predict(console, mirror, settings, space, chosen, data, study)
     finally:
         connection.disconnect()
 
@@ -285,7 +283,6 @@ def _search_and_predict(
     chosen: Plan,
     data: Data,
     study: optuna.Study,
-    others: Sequence[Candidate],
 ) -> None:
     mirror.push()  # the study, before Ray writes below trials/: with those and without it a run is refused
     folder, started = mirror.home.folder, time.monotonic()
@@ -307,7 +304,7 @@ def _search_and_predict(
     problem: UserError | None = None
     if settings.blends:
         # The best model is on the disk by now; its report follows, whatever becomes of this.
-        job = blend.Job(console, mirror, settings, study, data, chosen, started, others)
+        job = blend.Job(console, mirror, settings, study, data, chosen, started)
         try:
             facts["ensemble"] = blend.run_all(job)
         except UserError as error:

@@ -34,6 +34,9 @@ KEPT_TILES = 10_000
 WORKER_FAILURES = 3
 """How often the workers of a trial are started again from its last epoch."""
 
+NO_ROOM = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED", "unable to find an engine")
+"""What PyTorch, CUDA, cuBLAS and cuDNN say where a GPU's memory is too small."""
+
 TOO_LARGE = (
     "too large for its share of the GPU's memory; fewer trials a GPU (--gpus-per-trial), smaller batches, or "
     "a space without such networks would help"
@@ -227,8 +230,9 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
         checkpoint = train.Checkpoint.from_directory(folder) if folder else None
         (tune if alone else train).report(metrics | {"device": name, "workers": world}, checkpoint=checkpoint)
 
-    def fail(epoch: int, reason: str) -> None:
-        report({"epoch": epoch, "map": 0.0, "best_map": 0.0, "finished": True, "failed": reason}, None)
+    def fail(epoch: int, reason: str, crashed: bool = False) -> None:
+        last = {"epoch": epoch, "map": 0.0, "best_map": 0.0, "finished": True}
+        report(last | {"failed": reason, "crashed": crashed}, None)
 
     last = tune.get_checkpoint() if alone else train.get_checkpoint()
     known = ([last] if last else []) + [train.Checkpoint(place) for place in spec["resume"]]
@@ -247,10 +251,10 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
                 device=device,
                 resume=_first_intact(known, stack),
             )
-        # Each is a result, not a crash: to start it again would end the same way.
+        # Each is a result, not a crash: to start it again now would end the same way.
         except training.Diverged as error:
             fail(error.epoch, str(error))
-        except torch.OutOfMemoryError as error:
-            if not alone:
-                raise  # the other workers wait for this one, until Ray Train ends them
-            fail(reached + 1, f"{TOO_LARGE}: {error}")
+        except RuntimeError as error:
+            if not alone or not any(words in str(error) for words in NO_ROOM):
+                raise  # of several workers, the others wait for this one until Ray Train ends them
+            fail(reached + 1, f"{TOO_LARGE}: {error}", crashed=True)

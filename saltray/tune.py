@@ -121,7 +121,7 @@ def main(
         list[str] | None,
         typer.Option(
             help="Let the ensemble take models of this run too: same tiles, split, seed and folds. May be "
-            "given more than once; an empty text takes back those of earlier sessions.",
+            "given more than once; a resumed run's are replaced, by none where it is empty.",
             rich_help_panel=AFTER,
         ),
     ] = None,
@@ -157,7 +157,7 @@ def main(
     gpus_per_trial: Annotated[
         str | None,
         typer.Option(
-            help="GPUs of each of a trial's workers: 0, 0.25, 0.5, 1 ...; auto measures how many trials "
+            help="GPUs of each of a trial's workers: 0, 0.25, 0.5 or 1; auto measures how many trials "
             "share one best. Default: 1 where there are any.",
             rich_help_panel=MACHINES,
         ),

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from saltray import packing
 from saltray.config import DEBUG
@@ -85,6 +85,7 @@ class _NoRay:
         RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
         RuntimeError("GET was unable to find an engine to execute this computation"),
         ActorDiedError(),
+        OutOfMemoryError("Task was killed due to the node running low on memory."),  # type: ignore[no-untyped-call]
     ],
 )
 def test_a_gpu_without_room_is_no_error_whatever_says_so(

@@ -298,6 +298,25 @@ def test_one_crash_after_the_other_ends_the_search(folder: Path) -> None:
     assert count(searcher.study).waiting == 1
 
 
+def test_networks_too_large_for_the_gpu_end_the_search_where_none_fits(folder: Path) -> None:
+    searcher = open_search(folder)
+    recorder = search.Recorder(searcher)
+
+    def fail(name: str) -> None:
+        searcher.suggest(name)
+        told = {"epoch": 1, "best_map": 0.0, "finished": True, "failed": "out of memory", "crashed": True}
+        recorder.on_trial_result(0, [], None, told)
+        searcher.on_trial_complete(name, {**told, "hostname": "h"})
+
+    for i in range(search.CRASHES - 1):
+        fail(f"a{i}")
+    with pytest.raises(search.SearchError, match=r"5 trials in a row crashed.*out of memory"):
+        fail("b")
+    trials = searcher.study.get_trials(deepcopy=False)
+    assert [t.user_attrs.get("crashed") for t in trials] == [True] * (search.CRASHES - 1) + [None]
+    assert count(searcher.study).waiting == 1
+
+
 def test_trials_are_cut_off_once_their_results_have_settled(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,4 +36,5 @@ def test_what_would_fail_again_is_a_result_and_not_a_crash(
     trial._train_worker(spec, Tiles({1: [Share(tiles, tiles)]}, None), WorkerResources(1, 1.0, 0.0))  # type: ignore[arg-type]
     assert [r["epoch"] for r in reports] == [1, 2, 3]
     assert "failed" not in reports[1] and reports[2]["finished"]
+    assert reports[2]["crashed"] == isinstance(error, torch.OutOfMemoryError)
     assert re.search(words, reports[2]["failed"])
