@@ -58,7 +58,8 @@ def of_runs(settings: run.Settings, own: storage.Home, tiles: str) -> list[Candi
 
 
 def _of_run(home: storage.Home, settings: run.Settings, tiles: str) -> list[Candidate]:
-    known, other = run.read(home.folder), run.read_settings(home.folder)
+    known = run.read(home.folder)
+    other = run.Settings.model_validate(known["settings"])
     if known["tiles"] != tiles:
         raise run.RunError(
             "it has other labelled tiles than this run, or another split or seed: its models have seen tiles "

@@ -86,9 +86,7 @@ def start(
         if settings.data == str(run.demo_data(folder)):
             console.print("No --data: making synthetic seismic tiles.")
             demo.write(run.demo_data(folder).parent, train=DEMO_TILES, test=200, seed=settings.seed)
-        data, left_out = _read(console, settings)
-        with connection.quiet(None):  # what cannot be had of them is told before the search, not after it
-            candidates.of_runs(settings, home, data.fingerprint)
+        data, left_out = _read(console, home, settings)
         run.create(folder, space.path)
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
@@ -134,9 +132,7 @@ def resume(
         # It may go on without a GPU, which then adds no GPU-hours.
         chosen = plan_for(console, settings.model_copy(update={"gpu_hours": None}), space, left or None)
         _probe(console, home)
-        data, left_out = _read(console, settings)
-        with connection.quiet(None):  # what cannot be had of them is told before the search, not after it
-            candidates.of_runs(settings, home, data.fingerprint)
+        data, left_out = _read(console, home, settings)
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
             mirror.push()  # from now on, another session that still has the run is told
@@ -189,9 +185,11 @@ def plan_for(console: Console, settings: run.Settings, space: Space, trials: int
     share = settings.gpus_per_trial
     if share == "auto" and settings.workers_per_trial > 1:
         raise PlanError("--gpus-per-trial auto: only trials of one worker share a GPU; leave it out")
+    if share != 0:
+        with console.status("trying the GPUs, where there are any"), connection.quiet(None):
+            gpus.check()
     if share == "auto":
         with console.status("timing trials that share a GPU"), connection.quiet(None):
-            gpus.check()
             # The space's first configuration; without one, a sampled one.
             _, config = spaces.sample(space, 1, epochs=settings.epochs, seed=settings.seed, workers=1)[0]
             share = packing.gpu_share(config, nodes, settings.cpus_per_trial or 1.0)
@@ -202,16 +200,16 @@ def plan_for(console: Console, settings: run.Settings, space: Space, trials: int
         cpus=settings.cpus_per_trial,
         gpus=share,
     )
-    if chosen.resources.gpus and settings.gpus_per_trial != "auto":
-        with console.status("trying the GPUs"), connection.quiet(None):
-            gpus.check()
     if settings.gpu_hours is not None and not chosen.resources.gpus:
         raise run.RunError(f"--gpu-hours {settings.gpu_hours:g}: trials have no GPU here; use --time-budget")
     return chosen
 
 
-def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str]]:
-    """Read, decode and check all tiles; return them and what was left out."""
+def _read(console: Console, home: storage.Home, settings: run.Settings) -> tuple[Data, dict[str, str]]:
+    """Read, decode and check all tiles; return them and what was left out.
+
+    What an ensemble with other runs on them cannot have is told here, before the search.
+    """
     with console.status("reading and checking the tiles"), connection.quiet(None):
         folder = dataset.open_folder(settings.data)
         train, test = dataset.read_train(folder), dataset.read_test(folder)
@@ -231,6 +229,7 @@ def _read(console: Console, settings: run.Settings) -> tuple[Data, dict[str, str
         if settings.blends and refold is None and parts[1].count() < 2:
             raise dataset.DataError(f"{settings.data}: too few tiles for an ensemble: one validation tile")
         fingerprint = dataset.fingerprint(train, fold)
+        candidates.of_runs(settings, home, fingerprint)
         return Data(parts[0], parts[1], parts[2], test.ids, fingerprint, refold), problems
 
 

@@ -7,9 +7,10 @@ trial then costs about 0.2 s beside its training. Several workers run under `Tor
 import gc
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -166,10 +167,30 @@ def _first_intact(checkpoints: Iterable[train.Checkpoint], stack: ExitStack) -> 
 
 
 def _device(resources: WorkerResources) -> torch.device:
-    """Return this worker's device; without a GPU of its own it sees all of them, and must not take one."""
+    """Return this worker's device, a GPU with its share of the memory free.
+
+    Without a GPU of its own a worker sees all of them, and must not take one.
+    """
     if not resources.gpus or not torch.cuda.is_available():
         return torch.device("cpu")
+    # Tune's process held an earlier trial, whose cached blocks those that share the GPU cannot use.
+    gc.collect()
+    torch.cuda.empty_cache()
+    if resources.gpus < 1:  # more than its share would be out of memory for those that share the GPU
+        torch.cuda.set_per_process_memory_fraction(resources.gpus)
     return torch.device("cuda") if resources.workers == 1 else get_device()
+
+
+def _validation(tiles: ray.data.Dataset, device: torch.device) -> Callable[[], training.Batches]:
+    """Return what gives the validation tiles' batches, epoch for epoch."""
+
+    def batches() -> training.Batches:
+        return stream.plain_stream(tiles, batch_size=EVALUATION_BATCH, device=str(device))
+
+    if device.type != "cuda" or tiles.count() > KEPT_TILES:
+        return batches
+    # They stay on the GPU: a stream takes longer to start than it takes to judge them.
+    return cache(lambda: list(batches()))
 
 
 def _place_among_workers(resources: WorkerResources) -> tuple[int, int]:
@@ -189,12 +210,6 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
     cpu.use(resources.cpus)
     batch_size = max(1, config.batch_size // world)
     device = _device(resources)
-    if device.type == "cuda":
-        # Tune's process held an earlier trial, whose cached blocks those that share the GPU cannot use.
-        gc.collect()
-        torch.cuda.empty_cache()
-        if resources.gpus < 1:  # more than its share would be out of memory for those that share the GPU
-            torch.cuda.set_per_process_memory_fraction(resources.gpus)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.name()
 
     def start(epoch: int) -> Iterator[stream.Tensors]:
@@ -207,18 +222,6 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
             cpus_per_task=resources.cpus * DATA_SHARE,
             device=str(device),
         )
-
-    kept: list[stream.Tensors] = []
-
-    def validation_batches() -> training.Batches:
-        if kept:
-            return kept
-        batches = stream.plain_stream(share.validation, batch_size=EVALUATION_BATCH, device=str(device))
-        if device.type != "cuda" or share.validation.count() > KEPT_TILES:
-            return batches
-        # A stream takes longer to start than a GPU takes to judge them.
-        kept.extend(batches)
-        return kept
 
     reached = 0
 
@@ -245,7 +248,7 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
             training.fit(
                 config,
                 training_batches,
-                validation_batches,
+                _validation(share.validation, device),
                 report,
                 steps=math.ceil(count / batch_size),
                 device=device,
