@@ -92,7 +92,8 @@ def run_all(job: Job) -> dict[str, Any]:
             parts = folds.split(every, job.data.fold)
         study = _refit_best(job, parts)
         candidates = refits.candidates(study, job.study, len(parts), job.size)
-        left = {"waiting": count(study).waiting, "failed": refits.failed(study)}
+        wanted = [t.number for t in best_trials(job.study, job.size)]
+        left = {"waiting": count(study).waiting, "failed": refits.failed(study, wanted)}
         if not is_over(job):
             left["trials_left"] = settings.trials - count(job.study).ended
     if not candidates:
@@ -112,9 +113,9 @@ def run_all(job: Job) -> dict[str, Any]:
 
 def is_over(job: Job) -> bool:
     """Tell whether the search has come to its end: what it chose will not change while refits run."""
-    patience = job.settings.patience
-    enough = count(job.study).ended >= job.settings.trials
-    return enough or (patience is not None and ended_without_gain(job.study) >= patience)
+    patience, known = job.settings.patience, count(job.study)
+    out = patience is not None and ended_without_gain(job.study) >= patience and not known.waiting
+    return known.ended >= job.settings.trials or out
 
 
 def _refit_best(job: Job, parts: Sequence[ray.data.Dataset]) -> optuna.Study:
@@ -123,9 +124,10 @@ def _refit_best(job: Job, parts: Sequence[ray.data.Dataset]) -> optuna.Study:
     study = _beside(job, name)
     if not is_over(job):
         return study
-    refits.enqueue(study, [t.number for t in best_trials(job.study, job.size)], len(parts))
+    best = [t.number for t in best_trials(job.study, job.size)]
+    refits.enqueue(study, best, len(parts))
     if count(study).waiting:
-        job.console.print(f"Refits: {refits.describe(job.size, len(parts))}.")
+        job.console.print(f"Refits: {refits.describe(len(best), len(parts))}.")
         with connection.quiet(job.mirror.home.folder / "logs" / "refits.log"):
             training = [folds.others(parts, fold) for fold in range(len(parts))]
         _run(job, study, name, training, parts)
@@ -204,9 +206,9 @@ def _relabel(
         The better of both ensembles, what is told of it, and how many refits are `waiting` and how many
         `failed`.
     """
-    study = _pseudo_refits(job, parts, chosen)
+    study, members = _pseudo_refits(job, parts, chosen)
     facts = {"tiles": study.user_attrs["tiles"], "without": chosen.selection.cross_fitted, "used": False}
-    left = {"waiting": count(study).waiting, "failed": refits.failed(study)}
+    left = {"waiting": count(study).waiting, "failed": refits.failed(study, members)}
     candidates = refits.candidates(study, job.study, len(parts), job.size)
     if left["waiting"] or not candidates:
         return chosen, {"pseudo_labels": facts | {"finished": not left["waiting"]}}, left
@@ -217,12 +219,14 @@ def _relabel(
     return again if used else chosen, {"pseudo_labels": facts}, left
 
 
-def _pseudo_refits(job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen) -> optuna.Study:
-    """Label the test tiles and do the members' refits with them; return the study of these."""
+def _pseudo_refits(
+    job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen
+) -> tuple[optuna.Study, list[int]]:
+    """Label the test tiles and do the members' refits with them; return their study, and the members."""
     candidates = chosen.candidates
-    # Labels by other models make another study: by the refits that they are, wherever these lie now.
+    # Other labels make another study: those of other tiles, or by other refits, wherever these lie now.
     models = [[c.trial, *("/".join(source.path.split("/")[-3:]) for source in c.sources)] for c in candidates]
-    digest = hashlib.sha256(json.dumps(models).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps([models, list(job.data.ids)]).encode()).hexdigest()[:8]
     name = f"{REFITS}{len(parts)}-pseudo-{digest}"
     study = _beside(job, name)
     if "picks" not in study.user_attrs:
@@ -232,7 +236,7 @@ def _pseudo_refits(job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen) 
     members = [c.trial for c, *times in zip(candidates, *chosen_by, strict=True) if any(times)]
     known = study.user_attrs.get("tiles")
     if known and not count(study).waiting and not (any(known) and refits.missing(study, members, len(parts))):
-        return study
+        return study, members
     log = job.mirror.home.folder / "logs" / "refits.log"
     with job.console.status("labelling the test tiles"), connection.quiet(log):
         others = [folds.others(parts, fold) for fold in range(len(parts))]
@@ -249,7 +253,7 @@ def _pseudo_refits(job: Job, parts: Sequence[ray.data.Dataset], chosen: Chosen) 
     study.set_user_attr("tiles", counts)
     if count(study).waiting:
         _run(job, study, name, training, parts)
-    return study
+    return study, members
 
 
 def label_for(

@@ -72,12 +72,18 @@ def _of_run(home: storage.Home, settings: run.Settings, tiles: str) -> list[Cand
             f"it has {its}, this run {settings.folds}. First: {again} --folds {settings.folds}"
         )
     study = load_study(Place(home.folder, other.study, other.study_name))
-    keep_trials_at(study, home.trials)
+    _keep_trials_at(study, home.trials)
     size = settings.ensemble or 1
     found = kept(study, size) if settings.folds is None else _refitted(study, home, settings.folds, size)
     if not found:
         raise run.RunError(f"no configuration of it is ready for an ensemble. First: {again}")
     return found
+
+
+def _keep_trials_at(study: optuna.Study, place: str) -> None:
+    """Note where its trials lie; a copy without them, of a run behind a URI, still names those there."""
+    if storage.names(place):
+        keep_trials_at(study, place)
 
 
 def _refitted(study: optuna.Study, home: storage.Home, folds: int, most: int) -> list[Candidate]:
@@ -86,5 +92,5 @@ def _refitted(study: optuna.Study, home: storage.Home, folds: int, most: int) ->
         known = optuna.load_study(study_name=f"{study.study_name} {name}", storage=study._storage)
     except KeyError:
         return []
-    keep_trials_at(known, f"{home.trials}/{name}")
+    _keep_trials_at(known, f"{home.trials}/{name}")
     return refits.candidates(known, study, folds, most)

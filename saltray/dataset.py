@@ -11,7 +11,7 @@ import hashlib
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -143,11 +143,10 @@ def read_test(folder: Folder, depth: bool = True) -> Table:
     return Table(folder, archive, rows[~rows["id"].isin(list(problems))], rows["id"].tolist(), problems)
 
 
-def fingerprint(table: Table, fold: npt.NDArray[np.int64]) -> str:
-    """Return a hash of the labelled tiles' ids, masks and folds."""
-    lines = (
-        f"{i} {f} {code}\n" for i, f, code in zip(table.rows["id"], fold, table.rows["rle"], strict=True)
-    )
+def fingerprint(table: Table, fold: npt.NDArray[np.int64], left_out: Container[str] = ()) -> str:
+    """Return a hash of the labelled tiles' ids, masks and folds, but for those that are left out."""
+    rows = zip(table.rows["id"], fold, table.rows["rle"], strict=True)
+    lines = (f"{i} {f} {code}\n" for i, f, code in rows if i not in left_out)
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
@@ -175,7 +174,8 @@ def decode(table: Table, skip_bad: bool = True) -> tuple[ray.data.Dataset, Probl
         problems |= {str(i): str(e) for i, e in zip(batch["id"], batch["error"], strict=True) if e}
     if problems and skip_bad:
         good = ~table.rows["id"].isin(list(problems)).to_numpy()
-        decoded, _ = decode(table.where(good))
+        decoded, more = decode(table.where(good))
+        problems |= more
     return decoded, problems
 
 
@@ -192,14 +192,26 @@ def decode_local(table: Table) -> tuple[Batch, Problems]:
     return {name: column[good] for name, column in tiles.items()}, problems
 
 
+def refuse_unseen(problems: Problems, where: str, few: int = 1) -> None:
+    """Raise a DataError where a machine of the cluster does not see the folder: its tiles are not bad.
+
+    Args:
+        problems: of all tiles.
+        where: the folder.
+        few: tiles that may lack their file without that.
+    """
+    unseen = {tile: problem for tile, problem in problems.items() if "No such file" in problem}
+    if len(unseen) > few and "://" not in where:
+        # This machine has listed them: it is another one that decodes.
+        raise DataError(
+            f"{where}: {counted(len(unseen), 'tile')} that a machine of the cluster cannot open, such as "
+            f"{min(unseen)}: {unseen[min(unseen)]}. All machines must see that folder: NFS, or s3://"
+        )
+
+
 def refuse(problems: Problems, where: str) -> None:
     """Raise a DataError that lists the problems, if there is one; of very many the first."""
-    if len(problems) > 1 and "://" not in where and all("No such file" in p for p in problems.values()):
-        # This machine has listed them: it is another one that decodes, and does not see the folder.
-        raise DataError(
-            f"{where}: {counted(len(problems), 'tile')} that a machine of the cluster cannot open, such as "
-            f"{min(problems)}: {problems[min(problems)]}. All machines must see that folder: NFS, or s3://"
-        )
+    refuse_unseen(problems, where)
     size = f"expected {TILE}x{TILE}"
     if len(problems) > _LISTED and all(p.endswith(size) for p in problems.values()):
         raise DataError(

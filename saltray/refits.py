@@ -10,7 +10,7 @@ learning rate when the held-out fold's mAP no longer rises. Cosine and one-cycle
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +133,13 @@ def waiting_trials(refits: optuna.Study) -> set[int]:
     return {of[0] for refit in waiting if (of := _of(refit))}
 
 
-def failed(refits: optuna.Study) -> int:
-    """Return how many refits failed; of their configurations no ensemble can be made."""
-    known = [(tuple(_of(t)), t.state == TrialState.FAIL) for t in refits.get_trials(deepcopy=False) if _of(t)]
+def failed(refits: optuna.Study, trials: Container[int]) -> int:
+    """Return how many refits of some trials failed; of their configurations no ensemble can be made."""
+    known = [
+        (tuple(of), t.state == TrialState.FAIL)
+        for t in refits.get_trials(deepcopy=False)
+        if (of := _of(t)) and of[0] in trials
+    ]
     tried_again = {refit for refit, fails in known if not fails}
     return len({refit for refit, fails in known if fails} - tried_again)
 

@@ -85,7 +85,7 @@ class Settings(SearchConfig):
         if self.ensemble_with and self.pseudo_labels:
             raise ValueError(
                 "--pseudo-labels trains the ensemble's members again, which it cannot with those of "
-                "--ensemble-with; leave one of them out (--ensemble-with '')"
+                "--ensemble-with; leave one of them out (--no-pseudo-labels, or --ensemble-with '')"
             )
         if self.objective == "map+speed" and (self.folds or self.ensemble):
             raise ValueError(

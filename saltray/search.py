@@ -5,8 +5,11 @@ waits there with its parameters and its checkpoint, and a resumed search reads w
 """
 
 import errno
+import functools
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -120,6 +123,7 @@ class StudySearch(Searcher):
                 drawn = self._space.config(trial, config.epochs, config.seed, self._resources.workers)
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
+                trial.set_user_attr("undrawn", True)
                 self.record_failure(trial_id, reason)
                 continue
             self._epochs[trial_id] = epochs_of(trial)
@@ -145,7 +149,7 @@ class StudySearch(Searcher):
         again = last.get("epoch") == epoch and last.get("seconds") == result.get("seconds")
         if "loss" in result and not again:
             more = {
-                "gpus": self._resources.gpus * self._resources.workers,
+                "gpus": self._resources.gpus * result["workers"],  # of elastic workers there may be fewer
                 "host": result["node_ip"],
                 "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             }
@@ -269,6 +273,40 @@ class Recorder(tune.Callback):
             )
 
 
+class Ends(tune.Callback):
+    """Raises what is raised where a trial ends, or has a checkpoint, when Tune's step ends.
+
+    By Tune itself it would be taken for a failure of the trial, which is then started again, or be logged and
+    forgotten, whatever it says of the study or the run.
+    """
+
+    def __init__(self, *listeners: Any) -> None:
+        """Stand between Tune and those that hear of trials.
+
+        Args:
+            listeners: a searcher, or callbacks.
+        """
+        self._problem: Exception | None = None
+        for listener in listeners:
+            for name in {"on_trial_complete", "on_checkpoint"} & set(dir(listener)):
+                setattr(listener, name, self._keeping(getattr(listener, name)))
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """End the search by it; raises what was raised first."""
+        if self._problem is not None:
+            raise self._problem
+
+    def _keeping(self, hear: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(hear)
+        def heard(*args: Any, **kwargs: Any) -> None:
+            try:
+                hear(*args, **kwargs)
+            except Exception as error:
+                self._problem = self._problem or error
+
+        return heard
+
+
 class Trimmer(tune.Callback):
     """Keeps of an ended trial's files what the study names, without the state to train on from.
 
@@ -336,6 +374,7 @@ def run_search(
         space, study, config, parallel=chosen.concurrency > 1, resources=resources, limits=limits,
         trials_at=trials_at,
     )  # fmt: skip
+    listeners = [Recorder(searcher), *callbacks, Trimmer(searcher)]
     # The highest and one more: old sessions may have been deleted to make room.
     earlier = [int(name[8:]) for name in names(trials_at) if re.fullmatch(r"session-\d+", name)]
     session = f"session-{max(earlier, default=0) + 1:02d}"
@@ -362,7 +401,7 @@ def run_search(
             stop=limits,
             verbose=0,
             log_to_file=True,
-            callbacks=[Recorder(searcher), *callbacks, Trimmer(searcher)],
+            callbacks=[*listeners, Ends(searcher, *listeners)],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
             # Two: the study may still name the one before the newest, and the newest may be damaged.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
@@ -374,6 +413,7 @@ def run_search(
 
 def _fit(tuner: tune.Tuner, study: optuna.Study) -> None:
     """Run the trials; those that are cut off wait then. What the user can mend is raised as it was."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         tuner.fit()
     except BaseException as error:
@@ -385,6 +425,10 @@ def _fit(tuner: tune.Tuner, study: optuna.Study) -> None:
         if isinstance(cause, UserError):
             raise cause from None
         raise
+    finally:
+        # Tune leaves its own, and what follows the search could not be interrupted.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
     requeue(study)
 
 

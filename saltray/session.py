@@ -31,7 +31,6 @@ from saltray import (
     tracking,
 )
 from saltray import space as spaces
-from saltray.config import UserError
 from saltray.folds import Data
 from saltray.plan import Plan, PlanError, plan
 from saltray.space import Space
@@ -226,9 +225,11 @@ def _read(console: Console, home: storage.Home, settings: run.Settings) -> tuple
             problems |= bad
         if not settings.skip_bad:
             dataset.refuse(problems, settings.data)
+        # Such a machine has decoded blocks of tiles; single ones may well be links to nothing.
+        dataset.refuse_unseen(problems, settings.data, few=dataset.TILES_PER_BLOCK // 2)
         if settings.blends and refold is None and parts[1].count() < 2:
             raise dataset.DataError(f"{settings.data}: too few tiles for an ensemble: one validation tile")
-        fingerprint = dataset.fingerprint(train, fold)
+        fingerprint = dataset.fingerprint(train, fold, problems)
         candidates.of_runs(settings, home, fingerprint)
         return Data(parts[0], parts[1], parts[2], test.ids, fingerprint, refold), problems
 
@@ -300,13 +301,13 @@ def _search_and_predict(
         submit = not (folder / ensemble_bundle.FOLDER).exists()
         best, facts = outcome.publish_best(folder, study, data, submit=submit)
         tracking.log_best(study, folder / "best", {k: facts[k] for k in ("threshold", "validation_map")})
-    problem: UserError | None = None
+    problem: Exception | None = None
     if settings.blends:
         # The best model is on the disk by now; its report follows, whatever becomes of this.
         job = blend.Job(console, mirror, settings, study, data, chosen, started)
         try:
             facts["ensemble"] = blend.run_all(job)
-        except UserError as error:
+        except Exception as error:
             problem = error
     with console.status("writing the report"), connection.quiet(folder / "logs" / "report.log"):
         facts["report"] = _report(mirror.home, study)

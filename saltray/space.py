@@ -96,6 +96,8 @@ def refuse_change(before: str, path: Path) -> None:
     Raises:
         SpaceError: with the difference.
     """
+    if not path.is_file():
+        raise SpaceError(f"{path}: no such file")
     now = path.read_text()
     if before and now != before:
         lines = difflib.unified_diff(

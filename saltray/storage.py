@@ -259,6 +259,9 @@ class Mirror:
             if self._sent.get(name) == state:
                 continue
             bundle = name.parts[0]
+            if bundle in BUNDLES and name not in self._sent and self._holds(name, filesystem, root):
+                self._sent[name] = state  # an earlier session has sent it: a whole bundle stays whole
+                continue
             if bundle in BUNDLES and name not in _LAST and bundle not in broken_up:
                 self._break_up(bundle, filesystem, root)
                 broken_up.add(bundle)
@@ -266,6 +269,18 @@ class Mirror:
             self._sent[name] = state
         for bundle in BUNDLES:
             self._prune(bundle, filesystem, root)
+
+    def _holds(self, name: Path, filesystem: pyarrow.fs.FileSystem, root: str) -> bool:
+        """Tell whether the URI has a file as it is here."""
+        path, data = f"{root}/{name.as_posix()}", (self.home.folder / name).read_bytes()
+        try:
+            info = filesystem.get_file_info(path)
+            if info.type != pyarrow.fs.FileType.File or info.size != len(data):
+                return False
+            with filesystem.open_input_stream(path) as file:
+                return bytes(file.read()) == data
+        except OSError as error:
+            raise StorageError(f"{self.home.uri}/{name}: cannot be read: {error}") from None
 
     def _break_up(self, bundle: str, filesystem: pyarrow.fs.FileSystem, root: str) -> None:
         """Delete what makes a bundle at the URI whole: half of a new one must not be taken for a model."""
@@ -351,7 +366,7 @@ def _database(file: Path) -> bytes:
 class Mirroring(tune.Callback):
     """Mirrors the run while its trials go on. It is called after the study knows of an event.
 
-    What it raises, Overtaken, ends the search.
+    What it raises, Overtaken, ends the search: at a trial's end too, by `search.Ends`.
     """
 
     def __init__(self, mirror: Mirror) -> None:

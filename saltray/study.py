@@ -3,7 +3,7 @@
 By default it is `study.db` (SQLite) in the run's folder; a team may keep its studies in one PostgreSQL
 server. Trials carry user attributes: `epochs` (a row for each epoch that was done, redone ones twice),
 `checkpoint` and `checkpoint_before`, `hardware`, `seconds`, `host`, `outcome`, and for failed ones `reason`
-and, where the process did, `crashed`.
+and, where the process did, `crashed`, where the space did, `undrawn`.
 A trial taken over from another run carries `adopted`, and counts neither as this run's nor as its best.
 """
 
@@ -56,11 +56,13 @@ class Counts:
     pruned: int
     failed: int
     waiting: int
+    undrawn: int = 0
+    """Of the failed: draws that the space failed at, which were no trials yet."""
 
     @property
     def ended(self) -> int:
         """Trials that will not run again."""
-        return self.complete + self.pruned + self.failed
+        return self.complete + self.pruned + self.failed - self.undrawn
 
 
 @dataclass(frozen=True)
@@ -251,12 +253,14 @@ def own_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 def count(study: optuna.Study) -> Counts:
     """Count a study's own trials by what became of them; a running one waits for the next session."""
-    states = [t.state for t in own_trials(study)]
+    own = own_trials(study)
+    states = [t.state for t in own]
     return Counts(
         states.count(TrialState.COMPLETE),
         states.count(TrialState.PRUNED),
         states.count(TrialState.FAIL),
         states.count(TrialState.WAITING) + states.count(TrialState.RUNNING),
+        sum("undrawn" in t.user_attrs for t in own),
     )
 
 

@@ -126,13 +126,13 @@ def main(
         ),
     ] = None,
     pseudo_labels: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--pseudo-labels",
+            "--pseudo-labels/--no-pseudo-labels",
             help="With --folds: train again with the test tiles that the models are sure of.",
             rich_help_panel=AFTER,
         ),
-    ] = False,
+    ] = None,
     time_budget: Annotated[
         str | None,
         typer.Option(
@@ -193,14 +193,14 @@ def main(
         "ensemble_with": None
         if ensemble_with is None
         else [located(other) for other in ensemble_with if other],
-        "pseudo_labels": pseudo_labels or None,
+        "pseudo_labels": pseudo_labels,
+        "skip_bad": skip_bad or None,
     }
     fixed = {
         "epochs": epochs,
         "seed": seed,
         "objective": objective,
         "split": split,
-        "skip_bad": skip_bad or None,
     }
     budget = parse_duration(time_budget)
     server = without_password(study) if study else None

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from saltray.study import own_trials, score
+from saltray.study import count, own_trials, score
 
 _SHOWN = 12  # trials in the table: the running ones, then the best
 _STATES = {
@@ -59,7 +59,7 @@ class LiveView(tune.Callback):
     def __enter__(self) -> "LiveView":
         """Start drawing; trials that ended in an earlier session are not told again."""
         self._told = {t.number for t in self._known() if t.state.is_finished()}
-        self._already_ended = len(self._told)
+        self._already_ended = count(self._study).ended
         if self._console.is_terminal:
             self._live = Live(
                 console=self._console,
@@ -129,7 +129,7 @@ class LiveView(tune.Callback):
                 f"{self._rates[trial.number]:.0f}" if trial.number in self._rates else "",
                 text(trial.params) + _reason(trial),
             )
-        ended = sum(t.state.is_finished() for t in known)
+        ended = count(self._study).ended
         head = Text(f"{ended} of {self._trials} trials", style="bold")
         head.append(f"   best mAP {best:.4f}" if best >= 0 else "   no result yet", style="bold green")
         head.append(f"   {duration(time.monotonic() - self._started)} gone, {self._left(ended)}", style="dim")

@@ -73,6 +73,21 @@ class Interrupter(tune.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
+class EndRaiser(tune.Callback):
+    """Raises when a trial ends; counts what is reported."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.reports = error, 0
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+    ) -> None:
+        self.reports += 1
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        raise self.error
+
+
 class Raiser(tune.Callback):
     """Raises when a trial reports its first epoch."""
 
@@ -103,7 +118,14 @@ def test_what_the_user_can_mend_ends_the_search_as_it_was_raised(
     assert (trial.state, list(trial.intermediate_values)) == (left, [1])
     with pytest.raises(TuneError, match="ZeroDivisionError"):
         run_search(tmp_path, tiles, trials=1, epochs=2, callbacks=[Raiser(ZeroDivisionError())])
+    on_interrupt = signal.getsignal(signal.SIGINT)
     assert count(run_search(tmp_path, tiles, trials=1, epochs=2)).complete == 1
+    # Tune takes it for the trial's failure, and would train it once more.
+    at_end = EndRaiser(error)
+    with pytest.raises(UserError) as caught:
+        run_search(tmp_path, tiles, trials=3, epochs=1, callbacks=[at_end])
+    assert (caught.value, at_end.reports) == (error, 1)
+    assert signal.getsignal(signal.SIGINT) == on_interrupt  # Tune has its own, and leaves it
     assert not leaked_groups()
 
 

@@ -10,7 +10,7 @@ from saltray import candidates, checkpoint, refits, run
 from saltray.config import DEBUG
 from saltray.model import build_model
 from saltray.storage import Home
-from saltray.study import REFITS, Place, create_study
+from saltray.study import REFITS, Place, create_study, keep_trials_at, load_study
 from tests.runs import make_trial
 
 TILES = "0123456789abcdef"
@@ -92,6 +92,17 @@ def test_a_run_that_has_nothing_is_told_before_the_search(other: Path, tmp_path:
 def test_what_does_not_go_together_is_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         settings(ensemble_with=["runs/other"], **values)
+
+
+def test_a_copy_without_trials_still_finds_those_at_the_runs_uri(other: Path, tmp_path: Path) -> None:
+    there = (other / "trials").rename(tmp_path / "there")
+    study = load_study(other)
+    keep_trials_at(study, str(there))
+    keep_trials_at(refits.beside(study, f"{REFITS}2"), f"{there}/{REFITS}2")
+    (found,) = candidates.of_runs(
+        settings(folds=2, ensemble_with=[str(other)]), Home(tmp_path / "own"), TILES
+    )
+    assert all(source.path.startswith(str(there)) for source in found.sources)
 
 
 def test_the_command_names_every_run() -> None:

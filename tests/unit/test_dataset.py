@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from saltray import demo, rle
+from saltray import dataset, demo, rle
 from saltray.dataset import (
     DataError,
     Folder,
@@ -277,6 +277,22 @@ def test_tiles_of_another_size_are_told_once() -> None:
         refuse(wrong, "train")
     with pytest.raises(DataError, match="60 bad tiles"):
         refuse(wrong | {"t000": "broken"}, "train")
+
+
+def test_tiles_that_a_machine_does_not_see_are_not_bad_tiles() -> None:
+    unseen = {f"{i:03d}": f"[Errno 2] No such file or directory: '/nfs/{i:03d}.png'" for i in range(9)}
+    with pytest.raises(DataError, match="train: 9 tiles that a machine of the cluster cannot open"):
+        dataset.refuse_unseen(unseen | {"a": "broken"}, "train", few=8)
+    dataset.refuse_unseen(unseen, "train", few=9)
+    dataset.refuse_unseen(unseen, "s3://bucket/train")
+
+
+def test_tiles_that_are_left_out_make_other_tiles(data: Path) -> None:
+    table = read_train(dataset.open_folder(str(data)))
+    fold = np.zeros(len(table.rows), np.int64)
+    whole, first = dataset.fingerprint(table, fold), table.rows["id"].iloc[0]
+    assert dataset.fingerprint(table, fold, ["of the test tiles"]) == whole
+    assert dataset.fingerprint(table, fold, [first]) not in (whole, dataset.fingerprint(table, fold + 1))
 
 
 def test_refuse_accepts_good_tiles_and_counts_one() -> None:

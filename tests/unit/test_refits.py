@@ -83,7 +83,8 @@ def test_refits_that_are_known_are_not_asked_again_and_others_no_longer(
     waiting = [t.user_attrs[refits.REFIT] for t in refit_study.trials if t.state == TrialState.WAITING]
     assert waiting == [[0, 0], [0, 1]]
     assert refits.waiting_trials(refit_study) == {0}
-    assert refits.failed(refit_study) == 1
+    assert refits.failed(refit_study, [0, 2]) == 1
+    assert refits.failed(refit_study, [0, 1]) == 0  # the trial is no longer among the best
 
 
 def test_a_refit_that_was_given_up_by_half_is_given_up(study: optuna.Study) -> None:
@@ -106,9 +107,9 @@ def test_a_refit_whose_process_died_is_tried_again(study: optuna.Study, tmp_path
         searching.suggest(name)
     finish(searching, "a", tmp_path / "a")
     searching.record_failure("b", "its process died", crashed=True)
-    assert refits.failed(refit_study) == 1
+    assert refits.failed(refit_study, [2]) == 1
     refits.enqueue(refit_study, [2], 2)
-    assert refits.failed(refit_study) == 0
+    assert refits.failed(refit_study, [2]) == 0
     waiting = [t.user_attrs[refits.REFIT] for t in refit_study.trials if t.state == TrialState.WAITING]
     assert waiting == [[2, 1]]
 

@@ -182,6 +182,8 @@ def test_a_bad_draw_fails_its_trial_and_the_next_is_asked(folder: Path) -> None:
     assert searcher.suggest("a")["number"] == 1
     assert searcher.study.trials[0].state == TrialState.FAIL
     assert "batch_size" in searcher.study.trials[0].user_attrs["reason"]
+    known = count(searcher.study)
+    assert (known.failed, known.ended) == (1, 0)  # it takes no trial's place
     bad = 1000
     with pytest.raises(search.SearchError, match="20 draws in a row"):
         searcher.suggest("b")
@@ -217,14 +219,16 @@ def test_every_sampler_goes_on_as_if_uninterrupted(tmp_path: Path, searcher: str
 def test_every_epoch_done_has_its_row(folder: Path) -> None:
     searcher = open_search(folder, resources=WorkerResources(2, 4, 0.5))
     searcher.suggest("a")
-    for epoch, seconds in ((1, 10.0), (2, 20.0), (2, 30.0)):  # the second was done again after a crash
-        searcher.on_trial_result("a", result(epoch, 0.1 * epoch, seconds=seconds))
-    searcher.on_trial_complete("a", result(2, 0.2, seconds=30.0, finished=True))  # Tune tells the last again
+    # The second was done again after a crash, with the worker that was left.
+    for epoch, seconds, workers in ((1, 10.0, 2), (2, 20.0, 2), (2, 30.0, 1)):
+        searcher.on_trial_result("a", result(epoch, 0.1 * epoch, seconds=seconds, workers=workers))
+    # Tune tells the last again.
+    searcher.on_trial_complete("a", result(2, 0.2, seconds=30.0, workers=1, finished=True))
     trial = searcher.study.trials[0]
     assert [(row["epoch"], row["seconds"]) for row in epochs_of(trial)] == [(1, 10), (2, 20), (2, 30)]
     assert trial.user_attrs["hardware"] == {"device": "a CPU", "workers": 2, "cpus": 8, "gpus": 1.0}
     assert trial.user_attrs["seconds"] == 60
-    assert gpu_hours(searcher.study) == pytest.approx(60 * 1.0 / 3600)
+    assert gpu_hours(searcher.study) == pytest.approx((30 * 1.0 + 30 * 0.5) / 3600)
 
 
 def test_two_objectives_are_told_as_two_values(folder: Path) -> None:
@@ -276,6 +280,25 @@ def test_gpu_hours_are_counted_by_what_each_session_had(folder: Path) -> None:
     quarter.suggest("b")
     quarter.on_trial_result("b", result(2, 0.1, seconds=3600))
     assert gpu_hours(whole.study) == pytest.approx(1.25)
+
+
+def test_what_is_raised_at_a_trials_end_is_raised_at_the_steps_end() -> None:
+    class Listener:
+        def on_trial_complete(self, *names: str) -> None:
+            heard.extend(names)
+            raise ValueError(names)
+
+        on_checkpoint = on_trial_complete
+
+    heard: list[str] = []
+    listener = Listener()
+    ends = search.Ends(listener)
+    ends.on_step_end(0, [])
+    listener.on_checkpoint("a")
+    listener.on_trial_complete("b")
+    assert heard == ["a", "b"]
+    with pytest.raises(ValueError, match="a"):
+        ends.on_step_end(1, [])
 
 
 def test_one_crash_after_the_other_ends_the_search(folder: Path) -> None:

@@ -77,6 +77,11 @@ def test_absent_weights_are_told_before_the_search(monkeypatch: pytest.MonkeyPat
         space.sample(loaded, 20, epochs=3, seed=5, workers=1)
 
 
+def test_a_space_to_compare_with_that_is_absent(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match=r"typo\.py: no such file"):
+        space.refuse_change("", tmp_path / "typo.py")
+
+
 def test_absent_file(tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match="no such file"):
         space.load(tmp_path / "absent.py")

@@ -124,6 +124,24 @@ def test_of_an_older_bundle_nothing_stays_at_the_uri_or_in_another_working_folde
     assert not (elsewhere.folder / "ensemble" / "members" / "01").exists()
 
 
+def test_a_whole_bundle_at_the_uri_stays_whole_while_a_run_goes_on(
+    place: storage.Home, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(place.folder, *(f"{bundle}/metrics.json" for bundle in storage.BUNDLES))
+    storage.Mirror(place).push()
+    sent: list[str] = []
+    monkeypatch.setattr(storage, "_send", lambda home, name, *_: sent.append(name))
+    storage.Mirror(place).push()  # of the next session
+    assert "submission.csv" in sent
+    assert not [name for name in sent if name.startswith(("best/", "ensemble/"))]
+    assert "best/metrics.json" in files(copied)
+    monkeypatch.undo()
+    (place.folder / "best" / "weights").write_text("st-we/tsebigh")  # as long as before
+    storage.Mirror(place).push()
+    assert (copied / "best" / "weights").read_text() == "st-we/tsebigh"
+    assert "best/metrics.json" in files(copied)
+
+
 def test_a_session_without_bundles_deletes_none_at_the_uri(place: storage.Home, copied: Path) -> None:
     for name in storage.BUNDLES:
         shutil.rmtree(place.folder / name)

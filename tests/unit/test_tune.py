@@ -18,7 +18,6 @@ from saltray.config import UserError
         {"epochs": 9},
         {"objective": "map+speed"},
         {"split": "neighbours"},
-        {"skip_bad": True},
     ],
     ids=lambda option: str(*option),
 )
