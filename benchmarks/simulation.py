@@ -29,7 +29,7 @@ from saltray import run
 from saltray.cli import run_program
 from saltray.config import SearchConfig
 from saltray.engine import GRACE_EPOCHS, METRIC, REDUCTION, make_scheduler
-from saltray.search import StudySearch
+from saltray.searcher import StudySearch
 from saltray.space import Space
 from saltray.trial import WorkerResources
 

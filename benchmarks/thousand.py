@@ -21,7 +21,7 @@ from benchmarks.searches import run_here
 from saltray import connection, search
 from saltray.config import SearchConfig
 from saltray.plan import Plan
-from saltray.search import StudySearch
+from saltray.searcher import COLUMNS, StudySearch
 from saltray.space import Space
 from saltray.study import Place, create_study
 
@@ -127,7 +127,7 @@ def _fill(study: optuna.Study, size: int) -> None:
         trial = drawn.ask()
         space(trial)
         score = trial.params["dropout"]
-        epoch: dict[str, Any] = dict.fromkeys(search.COLUMNS, 1.0)
+        epoch: dict[str, Any] = dict.fromkeys(COLUMNS, 1.0)
         epoch |= {"host": "h", "ended": "2026-01-01T00:00:00+00:00"}
         trials.append(
             create_trial(

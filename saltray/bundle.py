@@ -12,6 +12,7 @@ import json
 import shutil
 import textwrap
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ _LONE = """\
 def origin_of(bundle: Path) -> dict[str, str]:
     """Return what a model card tells of the run that a bundle in its folder comes from."""
     known = run.read(bundle.parent)
-    settings, session = known["settings"], known["sessions"][-1]
+    settings, sessions = known["settings"], known["sessions"]
     split: Split = settings.get("split", "coverage")  # older runs know no other
     return {
         "name": bundle.parent.name,
@@ -154,11 +155,20 @@ def origin_of(bundle: Path) -> dict[str, str]:
         "seed": settings["seed"],
         "together": " and keeping neighbours together" if split == "neighbours" else "",
         "neighbours": textwrap.fill(NEIGHBOURS[split], 105, initial_indent="- ", subsequent_indent="  "),
-        "command": session["command"],
-        "machine": session["machine"],
-        "versions": ", ".join([f"Python {session['python']}", *map(" ".join, session["versions"].items())]),
-        "commit": session["commit"] or "unknown",
+        # Of several sessions each may have trained a part of it.
+        "commands": _of_sessions(f"`{session['command']}`" for session in sessions),
+        "machines": _of_sessions(session["machine"] for session in sessions),
+        "versions": _of_sessions(
+            ", ".join([f"Python {session['python']}", *map(" ".join, session["versions"].items())])
+            for session in sessions
+        ),
+        "commits": _of_sessions(session["commit"] or "unknown" for session in sessions),
     }
+
+
+def _of_sessions(facts: Iterable[str]) -> str:
+    """Write what was so in a run's sessions, in their order; what stayed the same once."""
+    return "; then ".join(dict.fromkeys(facts))
 
 
 def write_card(bundle: Path) -> None:
@@ -235,10 +245,10 @@ LIMITS = """\
 """
 
 ORIGIN = """\
-- command: `{command}`
-- machine of the search: {machine}
+- command: {commands}
+- machine of the search: {machines}
 - versions: {versions}
-- saltray's commit: {commit}
+- saltray's commit: {commits}
 
 ## Use
 

@@ -4,6 +4,8 @@ The defaults are the baseline: a 16-filter U-Net, BCE, Adam, reduce-on-plateau, 
 flips. A search space returns the fields that it changes, as a nested dict.
 """
 
+import difflib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -42,13 +44,27 @@ class _Frozen(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            known = ", ".join(cls.model_fields)
             lines = [
                 f"{'/'.join(map(str, e['loc'])) or 'the configuration'}: "
-                f"{e['msg'].removeprefix('Value error, ')}, got {e['input']!r}"
+                + (
+                    cls._instead(e["loc"])
+                    if e["type"] == "extra_forbidden"
+                    else f"{e['msg'].removeprefix('Value error, ')}, got {e['input']!r}"
+                )
                 for e in error.errors()
             ]
-            raise UserError("; ".join(lines) + f" (top-level fields: {known})") from None
+            raise UserError("; ".join(lines)) from None
+
+    @classmethod
+    def _instead(cls, place: Sequence[str | int]) -> str:
+        """Say what may have been meant by a field that does not exist."""
+        if len(place) > 1:
+            part = cls.model_fields[str(place[0])].annotation
+            assert isinstance(part, type) and issubclass(part, _Frozen)
+            return part._instead(place[1:])
+        known = list(cls.model_fields)
+        alike = difflib.get_close_matches(str(place[0]), known, n=1)
+        return f"no such field; {f'did you mean {alike[0]}?' if alike else 'there are ' + ', '.join(known)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole configuration as a nested dict of plain values; `from_dict` reads it back."""

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from saltray.findings import Findings
 from saltray.metrics import Postprocessing
 from saltray.page import BLUE, Page
+from saltray.tile_figures import threshold_curve
 
 TITLE = "Folds and ensemble"
 
@@ -29,6 +30,11 @@ def add(page: Page, found: Findings) -> None:
     page.table(
         _candidates(facts["candidates"]),
         "Each candidate by itself, in each fold, at probability 0.50; and its weight in the mean.",
+    )
+    page.figure(
+        threshold_curve(facts["scores"], facts["threshold"]),
+        "The ensemble's mAP at each threshold, the rest of the postprocessing as chosen. In sample: the "
+        "highest was taken.",
     )
     other = facts.get("pseudo_labels", {})
     if "not_taken" in other:

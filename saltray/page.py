@@ -102,9 +102,16 @@ class Page:
         self._add("facts", rows=dict(rows))
 
     def table(self, frame: pd.DataFrame, caption: str) -> None:
-        """Add a table of a frame's columns; floats get four significant digits, what is missing a dash."""
+        """Add a table of a frame's columns; what is missing gets a dash.
+
+        Floats get four digits: of a column in [0, 1], such as of scores, behind the point.
+        """
+        shares = [_holds_shares(frame[c]) for c in frame.columns]
         columns = [{"name": c, "number": pd.api.types.is_numeric_dtype(frame[c])} for c in frame.columns]
-        rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+        rows = [
+            [_cell(value, share) for value, share in zip(row, shares, strict=True)]
+            for row in frame.itertuples(index=False)
+        ]
         self._add("table", columns=columns, rows=rows, caption=caption)
 
     def figure(self, figure: go.Figure, caption: str, min_width: int = 0) -> None:
@@ -169,7 +176,8 @@ def overlay(
     """Draw masks over a tile, magnified three times.
 
     The true salt is tinted and its outline lies inside its edge; the prediction's lies outside of its own,
-    so that both are seen where they agree. An edge of the tile is no outline.
+    so that both are seen where they agree. An edge of the tile is no outline. What is predicted without being
+    salt is tinted as well.
 
     Args:
         image: uint8 (height, width).
@@ -185,6 +193,8 @@ def overlay(
     picture[salt & _neighbours(~salt)] = TRUTH
     if prediction is not None:
         predicted = _magnify(prediction.astype(bool))
+        wrong = predicted & ~salt
+        picture[wrong] += 0.15 * (np.array(PREDICTION) - picture[wrong])
         picture[~predicted & _neighbours(predicted)] = PREDICTION
     return np.round(picture).astype(np.uint8)
 
@@ -207,9 +217,15 @@ def _data_uri(image: Image.Image | npt.NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _cell(value: Any) -> str:
+def _holds_shares(column: pd.Series) -> bool:
+    return bool(pd.api.types.is_float_dtype(column) and column.dropna().between(0, 1).all())
+
+
+def _cell(value: Any, share: bool) -> str:
     if not isinstance(value, (list, tuple, dict)) and pd.isna(value):
         return "–"
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.4f}" if share else f"{value:.4g}"
+    return str(value)

@@ -31,6 +31,10 @@ def main(
 
     place = run.fetched(located(model))
     folder = next((place / name for name in ("ensemble", "best") if (place / name).is_dir()), place)
+    if not folder.is_dir():
+        raise UserError(f"{model}: no such folder; a run's, or a bundle such as its best/, is meant")
+    if folder == place and (place / "run.json").exists():
+        raise UserError(f"{model}: no model in it yet. First: python -m saltray.tune --resume {model}")
     # All of them are loaded: a damaged one is told now.
     takes_depth = [checkpoint.load_model(member.folder).prepare.depth for member in members.read(folder)]
     chosen = inference.stored_postprocessing(folder)

@@ -31,6 +31,11 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
     even the tiles of a run on `synthetic` ones.
     """
     space = spaces.load(Path(settings.space))
+    for other in filter(None, [settings.warm_start, *settings.ensemble_with]):
+        run.read(run.fetched(other))
+    count = session.DEMO_TILES
+    if not synthetic:
+        count = len(dataset.read_train(dataset.open_folder(settings.data)).rows)
     console = Console(file=sys.stdout, highlight=False)
     with console.status("starting Ray"), connection.quiet(None):
         samples = spaces.sample(
@@ -39,9 +44,6 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
         connection.connect(address)
     try:
         chosen = session.plan_for(console, settings, space)
-        count = session.DEMO_TILES
-        if not synthetic:
-            count = len(dataset.read_train(dataset.open_folder(settings.data)).rows)
         with console.status("timing the sampled networks"), connection.quiet(None):
             share = chosen.resources
             # Of those that share a GPU, as many as run at once.
@@ -112,7 +114,7 @@ def _samples(
     seconds: Sequence[float],
 ) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("weights", "tiles/s", "full trial"):
+    for name in ("weights", "tiles/s", "full trial (h:m:s)"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("sampled configuration", overflow="fold")
     for (drawn, config), rate, time_ in zip(samples, rates, seconds, strict=True):

@@ -215,7 +215,8 @@ def read(folder: Path) -> dict[str, Any]:
     """
     file = folder / "run.json"
     if not file.is_file():
-        raise RunError(f"{folder}: no run.json in it; not the folder of a run")
+        lack = "no run.json in it" if folder.is_dir() else "no such folder"
+        raise RunError(f"{folder}: {lack}; not the folder of a run")
     try:
         content: dict[str, Any] = json.loads(file.read_text())
         if content["format"] > FORMAT:
@@ -260,7 +261,7 @@ def environment() -> dict[str, Any]:
     program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _PASSWORD.sub(r"\1\2***", " ".join([program, *sys.argv[1:]])),
+        "command": _PASSWORD.sub(r"\1\2***", f"{program} {shlex.join(sys.argv[1:])}".rstrip()),
         "python": platform.python_version(),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",

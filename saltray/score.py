@@ -1,10 +1,12 @@
 """`python -m saltray.score`: the contest's score of a submission."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from saltray.cli import local, run_program
+from saltray.config import UserError
 
 
 def main(
@@ -14,6 +16,11 @@ def main(
     """Print the contest's score: mean precision over the IoU thresholds 0.50 to 0.95."""
     from saltray import submission as files
 
+    for place in (submission, truth):
+        if Path(place).is_dir():
+            raise UserError(
+                f"{place}: a folder; a CSV is meant, such as a run's {place.rstrip('/')}/submission.csv"
+            )
     typer.echo(f"{files.score(local(submission), local(truth)):.6f}")
 
 

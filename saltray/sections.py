@@ -70,9 +70,14 @@ def _result(page: Page, found: Findings) -> None:
         )
     if found.ensemble:
         facts["ensemble"] = (
-            f"{found.ensemble['cross_fitted']:.4f} ± {found.ensemble['spread']:.4f}, cross-fitted; the "
-            "submission is its own, see below"
+            f"{found.ensemble['cross_fitted']:.4f} ± {found.ensemble['spread']:.4f}, cross-fitted. The "
+            "submission is the ensemble's, not the best trial's"
         )
+        if found.ensemble["folds"]:
+            facts["ensemble"] += (
+                ". The two do not compare: the ensemble is judged on all labelled tiles, by models that "
+                "never saw them, the best trial on those that chose it"
+            )
     if found.adopted:
         facts["warm start"] = f"trials taken over from another run, and not shown here: {found.adopted}"
     if found.table is not None:
@@ -80,6 +85,13 @@ def _result(page: Page, found: Findings) -> None:
         facts["for comparison"] = f"{empty:.4f} for no salt anywhere; a model near that has learnt nothing"
         facts["validation tiles"] = f"{len(found.table)}, of which {empty:.0%} hold no salt"
     page.facts(facts)
+
+
+def _whose(found: Findings) -> str:
+    """Say whose results a section shows, where they are not the submission's."""
+    return " Shown is the best single model, in best/; the submission is the ensemble's." * bool(
+        found.ensemble
+    )
 
 
 def _configuration(page: Page, found: Findings) -> None:
@@ -113,9 +125,9 @@ def _gallery(page: Page, found: Findings) -> None:
     page.section(
         "Validation tiles",
         "From top to bottom: the seismic tile, up towards the surface; the same with the true salt tinted "
-        "and outlined in blue and the prediction outlined in orange; the predicted probability of salt, "
-        "from dark blue (0) to yellow (1). IoU is the overlap of truth and prediction: 1 where both agree, "
-        "0 where they have no pixel in common.",
+        "and outlined in blue, and the prediction outlined in orange and tinted where there is no salt; the "
+        "predicted probability of salt, from dark blue (0) to yellow (1). IoU is the overlap of truth and "
+        "prediction: 1 where both agree, 0 where they have no pixel in common." + _whose(found),
     )
     facts = found.table.set_index("id")
     for group, rule in validation.GROUPS.items():
@@ -132,7 +144,7 @@ def _salt(page: Page, found: Findings) -> None:
     page.section(
         "Salt, depth and score",
         "Where the model is right and where it is not, tile by tile, after postprocessing. Tiles with "
-        "little salt are the hard ones: a few wrong pixels cost them all of their score.",
+        "little salt are the hard ones: a few wrong pixels cost them all of their score." + _whose(found),
     )
     table = found.table
     page.figure(
@@ -162,7 +174,9 @@ def _threshold(page: Page, found: Findings) -> None:
         page.section("Threshold", _NOT_PREDICTED)
         return
     page.section(
-        "Threshold", "The network gives each pixel a probability of salt; the threshold makes a mask of it."
+        "Threshold",
+        "The network gives each pixel a probability of salt; the threshold makes a mask of it."
+        + _whose(found),
     )
     page.figure(
         tile_figures.threshold_curve(found.model["scores"], found.model["threshold"]),
@@ -294,7 +308,8 @@ def _timeline(page: Page, found: Findings) -> None:
     if not stretches:
         page.section("Timeline", "Nothing yet: no trial has a record of when it ran.")
         return
-    page.section("Timeline", "When each trial ran on which machine. In the gaps nothing was trained.")
+    gaps = "; the refits are not shown" if found.settings.folds else ""
+    page.section("Timeline", f"When each trial ran on which machine. In the gaps no trial ran{gaps}.")
     old = not all(map(epochs_of, trial_figures.scored(found.trials)))
     page.figure(
         trial_figures.timeline(stretches),

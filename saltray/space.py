@@ -111,14 +111,20 @@ def refuse_change(before: str, path: Path) -> None:
 
 
 def _check_first(space: Space) -> None:
-    """Refuse first trials that lack a parameter, or have one outside what the space draws."""
+    """Refuse first trials that lack a parameter, have one that is not drawn, or one outside what is."""
     for first in space.first:
+        trial = optuna.trial.FixedTrial(first)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                space.draw(optuna.trial.FixedTrial(first))
+                space.draw(trial)
         except Exception as error:
             raise SpaceError(f"{space.path}: FIRST: {type(error).__name__}: {error}") from error
+        if unknown := [name for name in first if name not in trial.params]:
+            drawn = ", ".join(trial.params)
+            raise SpaceError(
+                f"{space.path}: FIRST: {unknown[0]} is not drawn with the rest; drawn are {drawn}"
+            )
 
 
 def sample(

@@ -47,6 +47,11 @@ def score(submission: Path, truth: Path) -> float:
             raise SubmissionError(f"{name}: {counted(len(absent), 'id')} absent, such as {absent[0]}")
     if not len(true):
         raise SubmissionError(f"{truth}: holds no tile")
+    if len(true) > 1 and len(set(true)) == 1 and true.iloc[0]:
+        raise SubmissionError(
+            f"{truth}: every mask is {true.iloc[0]!r}: not the truth, but placeholders as in "
+            "sample_submission.csv"
+        )
     masks = [
         _decode_all(codes.loc[true.index], path) for codes, path in ((predicted, submission), (true, truth))
     ]

@@ -68,7 +68,8 @@ _PAUSE = timedelta(minutes=2)
 
 def outcome(trial: FrozenTrial) -> str:
     """Name what became of a trial."""
-    return OUTCOMES[trial.state]
+    begun = trial.state != TrialState.WAITING or trial.intermediate_values
+    return OUTCOMES[trial.state] if begun else "not begun"
 
 
 def scored(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -295,13 +296,17 @@ def _stretches(trial: FrozenTrial) -> Iterator[Stretch]:
         yield current
 
 
+_ROUNDED = timedelta(seconds=1)
+"""By how much the ends of epochs may be off: older runs have noted them in whole seconds."""
+
+
 def timeline(stretches: Sequence[Stretch]) -> go.Figure:
     """Draw when each trial ran on which machine; trials side by side get lanes of their own."""
     lanes: dict[str, list[datetime]] = {}
     bars: dict[str, list[tuple[str, Stretch]]] = {}
     for stretch in stretches:
         ends = lanes.setdefault(stretch.host, [])
-        lane = next((i for i, end in enumerate(ends) if end <= stretch.start), len(ends))
+        lane = next((i for i, end in enumerate(ends) if end <= stretch.start + _ROUNDED), len(ends))
         ends[lane : lane + 1] = [stretch.end]
         bars.setdefault(outcome(stretch.trial), []).append((f"{stretch.host} · {lane + 1}", stretch))
     figure = go.Figure()

@@ -16,8 +16,8 @@ from saltray.study import count, own_trials, score
 
 _SHOWN = 12  # trials in the table: the running ones, then the best
 _STATES = {
-    TrialState.COMPLETE: "done",
-    TrialState.PRUNED: "stopped",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "stopped early",
     TrialState.FAIL: "[red]failed[/]",
     TrialState.RUNNING: "[green]running[/]",
     TrialState.WAITING: "waiting",

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from saltray import bundle, checkpoint, dataset, demo, limits, search, splitting, storage, stream, tracking
 from saltray.config import SearchConfig, UserError
 from saltray.plan import Plan
+from saltray.searcher import SearchError
 from saltray.space import Space
 from saltray.study import Counts, Place, best_trial, count, create_study, epochs_of, load_study, score
 from saltray.trial import Tiles, WorkerResources
@@ -138,7 +139,7 @@ def test_trials_that_crash_one_after_the_other_end_the_search(
     monkeypatch.setattr(search, "run_trial", fake)
     monkeypatch.setattr(search, "RETRIES", 0)
     monkeypatch.setattr(search, "CRASHES", 2)
-    with pytest.raises(search.SearchError, match=r"2 trials in a row crashed.*no such driver.*--resume"):
+    with pytest.raises(SearchError, match=r"2 trials in a row crashed.*no such driver.*--resume"):
         run_search(tmp_path, NOTHING, trials=9)
     assert count(load_study(tmp_path)) == Counts(0, 0, 1, 1)
 
@@ -326,7 +327,7 @@ def test_a_full_disk_ends_the_search_and_fails_no_trial(
 
     monkeypatch.setattr(search, "run_trial", fake)
     monkeypatch.setattr(search, "RETRIES", 0)
-    with pytest.raises(search.SearchError, match=r"No space left on device.*weights.*--resume"):
+    with pytest.raises(SearchError, match=r"No space left on device.*weights.*--resume"):
         run_search(tmp_path, NOTHING, trials=9)
     assert count(load_study(tmp_path)) == Counts(0, 0, 0, 1)
 

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,21 @@ def test_the_card_tells_scores_data_and_limits(tmp_path: Path) -> None:
     assert "/surveys" not in body  # nobody else's folder
     assert json.loads(re.findall(r"```json\n(.*?)```", body, re.S)[0]) == DEBUG.to_dict()
     assert "onnx" not in card.lower()  # of a file that is not there
+
+
+def test_the_card_tells_of_all_sessions_that_may_have_trained_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_bundle(make_run(tmp_path) / "best.new")
+    settings = run.read_settings(folder.parent)
+    monkeypatch.setattr(sys, "argv", ["tune", "--resume", "my runs", "--ensemble-with", ""])
+    run.write_settings(folder.parent, settings, "0123abcd")
+    bundle.write_card(folder)
+    first, second = (session["command"] for session in run.read(folder.parent)["sessions"])
+    assert second.endswith("--resume 'my runs' --ensemble-with ''")  # as it can be pasted
+    body = (folder / bundle.CARD).read_text()
+    assert f"- command: `{first}`; then `{second}`\n" in body
+    assert body.count(f"torch {torch.__version__}") == 1  # the same in both
 
 
 def test_the_card_tells_the_score_away_from_the_training_tiles(tmp_path: Path) -> None:

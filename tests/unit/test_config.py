@@ -89,7 +89,7 @@ def test_the_defaults_are_the_seeds() -> None:
         ({"patience": 0}, "patience", "got 0"),
         ({"seed": -1}, "seed", "got -1"),
         ({"seed": 2**32}, "seed", f"got {2**32}"),
-        ({"sede": 1}, "sede", "got 1"),
+        ({"sede": 1}, "sede", "no such field; did you mean seed?"),
         ([], "the configuration", "got []"),
         (None, "the configuration", "got None"),
     ],
@@ -104,8 +104,21 @@ def test_a_wrong_value_is_shown_with_what_is_allowed(values: Any, field: str, to
 def test_all_wrong_fields_are_told_at_once() -> None:
     with pytest.raises(UserError) as error:
         TrialConfig.from_dict({"epochs": -3, "model": {"filters": 999}, "colour": "red"})
-    for part in ("epochs: ", "got -3", "model/filters: ", "got 999", "colour: ", "top-level fields: model,"):
+    for part in (
+        "epochs: ",
+        "got -3",
+        "model/filters: ",
+        "got 999",
+        "colour: no such field; there are model, optim,",
+    ):
         assert part in str(error.value)
+
+
+def test_a_misspelt_field_is_told_with_the_one_beside_it() -> None:
+    with pytest.raises(UserError, match=r"optim/learnig_rate: no such field; did you mean learning_rate\?"):
+        TrialConfig.from_dict({"optim": {"learnig_rate": 1e-3}})
+    with pytest.raises(UserError, match=r"augment/colour: no such field; there are .*flip"):
+        TrialConfig.from_dict({"augment": {"colour": 1}})
 
 
 def test_it_is_frozen_and_validated_when_built() -> None:

@@ -39,6 +39,7 @@ LAYERS = [
     ["gpus", "plan"],
     ["packing"],
     ["limits"],
+    ["searcher"],
     ["search"],
     ["submission"],
     ["validation"],
@@ -149,6 +150,7 @@ def test_only_the_search_and_its_readers_know_optuna() -> None:
         "engine",
         "limits",
         "search",
+        "searcher",
         "outcome",
         "view",
         "tracking",
@@ -162,7 +164,7 @@ def test_only_the_search_and_its_readers_know_optuna() -> None:
 def test_training_and_prediction_meet_through_files_alone() -> None:
     reports = ("ensemble_section", "trial_figures", "tile_figures", "findings", "sections", "report")
     for name in ("inference", "bundle", "predict", *reports):
-        assert not own(name) & {"trial", "space", "search", "view", "session", "tune"}
+        assert not own(name) & {"trial", "space", "searcher", "search", "view", "session", "tune"}
     for name in reports:
         assert not own(name) & {"engine", "inference"}
 

@@ -77,3 +77,14 @@ def test_a_model_that_ignores_the_depth_predicts_tiles_without_one(data: Path, t
     np.testing.assert_array_equal(
         logits, predictor.logits(tiles | {"z": np.full(4, 500, np.float32)}, tta=True)
     )
+
+
+def test_a_run_without_a_model_is_told_from_no_run(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "run.json").touch()
+    for name, words in (
+        ("begun", r"no model in it yet\. First: .*--resume .*begun"),
+        ("absent", "no such folder"),
+    ):
+        with pytest.raises(UserError, match=f"{tmp_path / name}: {words}"):
+            predict.main(str(tmp_path / name), str(data), str(tmp_path / "out.csv"))

@@ -5,10 +5,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from saltray import checkpoint, refits, search
+from saltray import checkpoint, refits
 from saltray.config import DEBUG, OptimConfig, SearchConfig, TrialConfig
 from saltray.model import build_model
 from saltray.outoffold import Candidate, Source
+from saltray.searcher import StudySearch
 from saltray.study import Place, count, create_study, load_study, requeue
 from saltray.trial import WorkerResources
 from tests.runs import make_trial
@@ -26,13 +27,13 @@ def study(tmp_path: Path) -> optuna.Study:
     return made
 
 
-def searcher(refit_study: optuna.Study) -> search.StudySearch:
+def searcher(refit_study: optuna.Study) -> StudySearch:
     config = SearchConfig(epochs=9, scheduler="none", searcher="random", seed=5)
     resources = WorkerResources(1, 1, 0)
-    return search.StudySearch(refits.space(CONFIGS), refit_study, config, parallel=True, resources=resources)
+    return StudySearch(refits.space(CONFIGS), refit_study, config, parallel=True, resources=resources)
 
 
-def finish(searching: search.StudySearch, name: str, path: Path) -> None:
+def finish(searching: StudySearch, name: str, path: Path) -> None:
     path.mkdir(exist_ok=True)
     checkpoint.save(path, build_model(DEBUG.model).state_dict(), DEBUG, {})
     searching.record_checkpoint(name, str(path))

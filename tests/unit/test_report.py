@@ -154,6 +154,7 @@ def ensemble_facts(**more: Any) -> dict[str, Any]:
         {"name": name, "trial": 0, "weight": weight, "by_fold": by_fold}
         for weight, (name, by_fold) in zip((2 / 3, 1 / 3), scores.items(), strict=True)
     ]
+    facts["scores"] = {"0.46": 0.7654, "0.50": 0.76}
     facts["path"] = [{"added": "trial 3", "score": 0.71}, {"added": "trial 0", "score": 0.73}]
     return facts | more
 
@@ -191,8 +192,18 @@ def test_an_ensemble_has_its_section(
     for known in ("0.7412 ± 0.0123", "(0.7325, 0.7499)", "0.7654", "0.46", "0.6667", "0.715", "20 pixels"):
         assert known in section
     assert "chose these configurations on one split" in section
-    assert "0.7412" in text["Result"]
+    assert "0.7412" in text["Result"] and "not the best trial's" in text["Result"]
+    assert ("never saw them" in text["Result"]) == (more.get("folds", 2) is not None)
     assert html.count('class="plotly-graph-div"') > 0
+
+
+def test_what_is_not_the_ensembles_says_so(tmp_path: Path, trials: list[FrozenTrial]) -> None:
+    folder = make_run(tmp_path, trials, predicted=True)
+    titles = ("Validation tiles", "Salt, depth and score", "Threshold")
+    assert not any("the submission is" in told(folder)[0][title] for title in titles)
+    (folder / "ensemble").mkdir()
+    (folder / "ensemble" / "metrics.json").write_text(json.dumps(ensemble_facts()))
+    assert all("the submission is the ensemble's" in told(folder)[0][title] for title in titles)
 
 
 def test_an_ensemble_that_is_still_to_come_is_told(tmp_path: Path, trials: list[FrozenTrial]) -> None:

@@ -12,6 +12,7 @@ from ray.tune.search import Searcher
 from saltray import search
 from saltray.config import SearchConfig
 from saltray.limits import Limits, gpu_hours
+from saltray.searcher import SearchError, StudySearch
 from saltray.space import Space
 from saltray.study import (
     Counts,
@@ -50,14 +51,14 @@ def folder(tmp_path: Path) -> Path:
 
 def open_search(
     folder: Path, resources: WorkerResources = ALONE, space: Space = SPACE, **options: Any
-) -> search.StudySearch:
+) -> StudySearch:
     config = SearchConfig(**{"epochs": 9, **options})
     there = (folder / "study.db").exists()
     study = load_study(folder) if there else create_study(Place(folder), config.objective)
     for first in () if there else space.first:
         study.enqueue_trial(first)
     limits = Limits(study, config)
-    return search.StudySearch(space, study, config, parallel=False, resources=resources, limits=limits)
+    return StudySearch(space, study, config, parallel=False, resources=resources, limits=limits)
 
 
 def test_each_end_is_told_as_what_it_was(folder: Path) -> None:
@@ -185,7 +186,7 @@ def test_a_bad_draw_fails_its_trial_and_the_next_is_asked(folder: Path) -> None:
     known = count(searcher.study)
     assert (known.failed, known.ended) == (1, 0)  # it takes no trial's place
     bad = 1000
-    with pytest.raises(search.SearchError, match="20 draws in a row"):
+    with pytest.raises(SearchError, match="20 draws in a row"):
         searcher.suggest("b")
 
 
@@ -274,7 +275,7 @@ def test_gpu_hours_are_counted_by_what_each_session_had(folder: Path) -> None:
     whole.suggest("a")
     whole.on_trial_result("a", result(1, 0.1, seconds=3600))
     requeue(whole.study)
-    quarter = search.StudySearch(
+    quarter = StudySearch(
         whole._space, whole.study, whole._config, parallel=False, resources=WorkerResources(1, 1, 0.25)
     )
     quarter.suggest("b")
@@ -315,7 +316,7 @@ def test_one_crash_after_the_other_ends_the_search(folder: Path) -> None:
     recorder.on_trial_result(0, [], None, {})  # another one gets on
     for i in range(search.CRASHES - 1):
         crash(f"b{i}")
-    with pytest.raises(search.SearchError, match=r"5 trials in a row crashed.*its process died.*--resume"):
+    with pytest.raises(SearchError, match=r"5 trials in a row crashed.*its process died.*--resume"):
         crash("c")
     assert count(searcher.study).failed == 2 * (search.CRASHES - 1)
     assert count(searcher.study).waiting == 1
@@ -333,7 +334,7 @@ def test_networks_too_large_for_the_gpu_end_the_search_where_none_fits(folder: P
 
     for i in range(search.CRASHES - 1):
         fail(f"a{i}")
-    with pytest.raises(search.SearchError, match=r"5 trials in a row crashed.*out of memory"):
+    with pytest.raises(SearchError, match=r"5 trials in a row crashed.*out of memory"):
         fail("b")
     trials = searcher.study.get_trials(deepcopy=False)
     assert [t.user_attrs.get("crashed") for t in trials] == [True] * (search.CRASHES - 1) + [None]

@@ -111,6 +111,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
         ("a,\n", "a,\nb,\nc,\n", "submission.csv: 2 ids absent, such as b"),
         ("a,\nb,\n", "a,\n", "truth.csv: 1 id absent, such as b"),
         ("", "", "truth.csv: holds no tile"),
+        ("a,\nb,\n", "a,1 1\nb,1 1\n", "truth.csv: every mask is '1 1': not the truth, but placeholders"),
         ("a,1 2 3\n", "a,\n", "submission.csv: id a: malformed run-length code '1 2 3'"),
         ("a,\nb,10201 2\n", "a,\nb,\n", "submission.csv: id b: run '10201 2' lies outside"),
         ("a,\n", "a,5 1 1 1\n", "truth.csv: id a: run '1 1' overlaps"),

@@ -7,8 +7,8 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from saltray import search
 from saltray.config import SearchConfig
+from saltray.searcher import StudySearch
 from saltray.space import Space
 from saltray.study import Place, create_study, load_study
 from saltray.trial import WorkerResources
@@ -29,7 +29,7 @@ def study_folder(tmp_path: Path) -> Path:
     space = Space(draw, (), Path("space.py"))
     study = create_study(Place(tmp_path))
     resources = WorkerResources(1, 1, 0)
-    searcher = search.StudySearch(space, study, SearchConfig(epochs=9), parallel=False, resources=resources)
+    searcher = StudySearch(space, study, SearchConfig(epochs=9), parallel=False, resources=resources)
     for name in "abcde":
         searcher.suggest(name)
         searcher.on_trial_result(name, result(1, 0.25))
@@ -53,8 +53,8 @@ def test_the_table_shows_every_state_and_the_best(study_folder: Path) -> None:
     for words in (
         "3 of 6 trials",
         "best mAP 0.7500",
-        "done",
-        "stopped",
+        "complete",
+        "stopped early",
         "failed",
         "waiting",
         "running",
@@ -73,7 +73,7 @@ def test_without_a_terminal_each_ended_trial_is_told_once(study_folder: Path) ->
         view.on_trial_complete(0, [], trial)
     told = file.getvalue().splitlines()
     assert [line.split()[:3] for line in told] == [
-        ["trial", "0", "done"],
+        ["trial", "0", "complete"],
         ["trial", "1", "stopped"],
         ["trial", "2", "failed"],
     ]
