@@ -126,6 +126,6 @@ def _path(path: list[dict[str, Any]]) -> go.Figure:
             hovertemplate="%{x}: %{text}, mAP %{y:.4f}<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="models in the mean", dtick=max(1, len(path) // 10))
+    figure.update_xaxes(title_text="candidates in the mean", dtick=max(1, len(path) // 10))
     figure.update_yaxes(title_text="mAP where it is chosen")
     return figure
