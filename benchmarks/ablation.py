@@ -8,7 +8,7 @@ any time, or extended by more seeds and techniques. Runs of another size want an
 
     python -m benchmarks.ablation --data DIR --epochs 60 --filters 16 --out gpu.json    # full size, for a GPU
     python -m benchmarks.ablation --data DIR --epochs 12 --filters 8 --tiles 1500 --out cpu.json    # hours
-    python -m benchmarks.ablation --data DIR --epochs 6 --filters 8 --tiles 600 --base pretrained --out p.json
+    python -m benchmarks.ablation --data DIR --epochs 8 --filters 8 --tiles 800 --base pretrained
     python -m benchmarks.ablation --data DIR --epochs 5 --filters 8 --tiles 800      # goes on with the record
 """
 

@@ -59,8 +59,8 @@ OWN_NETWORK: dict[str, Changes] = {
 }
 
 PRETRAINED_NETWORK: dict[str, Changes] = {
-    "hypercolumn": {"model": {"hypercolumn": True}},
-    "deep supervision": {"model": {"deep_supervision": True}},
+    "no hypercolumn": {"model": {"hypercolumn": False}},
+    "no deep supervision": {"model": {"deep_supervision": False}},
     "encoder from random weights": {"model": {"encoder_weights": None}},
     "efficientnet-lite2": {"model": {"encoder": "efficientnet_lite2"}},
     "residual decoder": {"model": {"architecture": "resunet", "residual_blocks": 1}},
@@ -116,7 +116,7 @@ BASES = {
         LOSSES | OWN_NETWORK | NETWORK | OPTIMISATION | AUGMENTATION,
     ),
     "pretrained": Base(
-        "EfficientNet-Lite0 with ImageNet weights under a plain decoder",
+        "EfficientNet-Lite0 with ImageNet weights, hypercolumn and deep supervision",
         TRAINING
         | {
             "model": {
@@ -126,6 +126,8 @@ BASES = {
                 "levels": 5,
                 "max_filters": 128,
                 "dropout": 0.0,
+                "hypercolumn": True,
+                "deep_supervision": True,
             },
         },
         LOSSES | PRETRAINED_NETWORK | NETWORK | OPTIMISATION | AUGMENTATION,
