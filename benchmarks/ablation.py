@@ -25,12 +25,16 @@ import torch
 import typer
 
 from benchmarks import techniques
-from saltray import connection, cpu, dataset, inference, metrics, run, splitting, stream, training
-from saltray.augment import Batch
 from saltray.cli import run_program
 from saltray.config import TrialConfig, UserError
-from saltray.plan import Plan, plan
-from saltray.trial import DATA_SHARE, EVALUATION_BATCH, WorkerResources
+from saltray.contest import metrics
+from saltray.data import dataset, splitting, stream
+from saltray.data.augment import Batch
+from saltray.prediction import inference
+from saltray.records import connection, run
+from saltray.search.plan import Plan, plan
+from saltray.training import cpu, loop
+from saltray.training.trial import DATA_SHARE, EVALUATION_BATCH, WorkerResources
 
 Run = dict[str, Any]
 
@@ -47,7 +51,7 @@ def measure(
     # Between its epochs, enough to see it learn: a plateau of the rate and the curve ask for no more.
     few = validation.limit(EVALUATION_BATCH).materialize()
 
-    def training_batches(epoch: int) -> training.Batches:
+    def training_batches(epoch: int) -> loop.Batches:
         return stream.epoch_stream(
             tiles,
             config.augment,
@@ -65,7 +69,7 @@ def measure(
         if metrics["finished"]:
             judged.update(cross_chosen(folder, validation))
 
-    training.fit(
+    loop.fit(
         config,
         training_batches,
         lambda: stream.plain_stream(few, batch_size=EVALUATION_BATCH, device=device),

@@ -10,10 +10,11 @@ from torch import nn
 from benchmarks.peers import Arrays, seed_config, synthetic
 from benchmarks.rows import Row, at_least, interleaved, median
 from benchmarks.training import dataset, train_on_ray
-from saltray import connection, packing
 from saltray.config import TrialConfig
-from saltray.model import build_model
-from saltray.trial import WorkerResources
+from saltray.network.model import build_model
+from saltray.records import connection
+from saltray.search import packing
+from saltray.training.trial import WorkerResources
 
 TILES, VALIDATION = 3200, 64
 EPOCHS, RUNS = 4, 3

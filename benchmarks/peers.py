@@ -8,9 +8,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from saltray import demo, metrics
+from saltray import demo
 from saltray.config import TrialConfig
-from saltray.model import build_model
+from saltray.contest import metrics
+from saltray.network.model import build_model
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Arrays:
         return Arrays(self.image[start:stop], self.mask[start:stop], self.z[start:stop])
 
     def columns(self, first_row: int = 0) -> dict[str, npt.NDArray[Any]]:
-        """Return the columns of `saltray.dataset.decode`."""
+        """Return the columns of `saltray.data.dataset.decode`."""
         rows = np.arange(first_row, first_row + len(self), dtype=np.int64)
         ids = np.array([f"tile{row:07d}" for row in rows], dtype=object)
         coverage = self.mask.mean(axis=(1, 2), dtype=np.float32)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from saltray import checkpoint
+from saltray.training import checkpoint
 
 BATCH = 128
 

@@ -21,15 +21,18 @@ import typer
 from ray import tune
 from rich.console import Console
 
-from saltray import checkpoint, connection, run, search, tracking
 from saltray.cli import run_program
 from saltray.config import TILE, SearchConfig, TrialConfig
-from saltray.model import EncoderDecoder
-from saltray.plan import Plan
-from saltray.space import Space
-from saltray.study import Place, create_study
-from saltray.training import Learner
-from saltray.view import LiveView
+from saltray.network.model import EncoderDecoder
+from saltray.records import connection, run
+from saltray.records.study import Place, create_study
+from saltray.search import search
+from saltray.search.plan import Plan
+from saltray.search.space import Space
+from saltray.sessions import tracking
+from saltray.sessions.view import LiveView
+from saltray.training import checkpoint
+from saltray.training.loop import Learner
 
 TILES, EPOCHS = 4000, 50
 """Of the contest's training set, and of a full trial."""
@@ -44,7 +47,7 @@ NFS_MB, S3_MB = 110.0, 1000.0
 
 
 class Share(NamedTuple):
-    """`saltray.trial.WorkerResources` without torch behind it: 64 actors have to fit into the memory."""
+    """`trial.WorkerResources` without torch behind it: 64 actors have to fit into the memory."""
 
     workers: int = 1
     cpus: float = 1.0

@@ -11,9 +11,10 @@ import torch
 
 from benchmarks import folders
 from benchmarks.rows import Row, at_least, interleaved, median, seconds
-from saltray import checkpoint, submission
 from saltray.config import TrialConfig
-from saltray.model import build_model
+from saltray.contest import submission
+from saltray.network.model import build_model
+from saltray.training import checkpoint
 
 TILES = 18_000
 FILTERS = 4

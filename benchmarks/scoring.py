@@ -5,7 +5,8 @@ import statistics
 import numpy as np
 
 from benchmarks.rows import Row, at_least, interleaved, median, seconds
-from saltray import demo, metrics
+from saltray import demo
+from saltray.contest import metrics
 
 TILES = 18_000
 

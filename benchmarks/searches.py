@@ -1,4 +1,4 @@
-"""A search as `saltray.session` runs one, without a run's other files: for the rows that need one."""
+"""A search as `sessions.session` runs one, without a run's other files: for the rows that need one."""
 
 import tempfile
 import time
@@ -11,12 +11,13 @@ from ray import tune
 
 from benchmarks.peers import Arrays
 from benchmarks.training import dataset
-from saltray import connection, search
 from saltray.config import SearchConfig
-from saltray.plan import Plan, plan
-from saltray.space import Space
-from saltray.study import Place, create_study
-from saltray.trial import Tiles
+from saltray.records import connection
+from saltray.records.study import Place, create_study
+from saltray.search import search
+from saltray.search.plan import Plan, plan
+from saltray.search.space import Space
+from saltray.training.trial import Tiles
 
 Draw = Callable[[optuna.trial.BaseTrial], dict[str, Any]]
 

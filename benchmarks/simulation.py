@@ -25,13 +25,13 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 from scipy import stats
 
-from saltray import run
 from saltray.cli import run_program
 from saltray.config import SearchConfig
-from saltray.engine import GRACE_EPOCHS, METRIC, REDUCTION, make_scheduler
-from saltray.searcher import StudySearch
-from saltray.space import Space
-from saltray.trial import WorkerResources
+from saltray.records import run
+from saltray.search.engine import GRACE_EPOCHS, METRIC, REDUCTION, make_scheduler
+from saltray.search.searcher import StudySearch
+from saltray.search.space import Space
+from saltray.training.trial import WorkerResources
 
 EPOCHS = 50
 BUDGET = 20 * EPOCHS

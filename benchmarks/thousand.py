@@ -18,12 +18,13 @@ from ray import tune
 
 from benchmarks.rows import Row, at_most, median, seconds
 from benchmarks.searches import run_here
-from saltray import connection, search
 from saltray.config import SearchConfig
-from saltray.plan import Plan
-from saltray.searcher import COLUMNS, StudySearch
-from saltray.space import Space
-from saltray.study import Place, create_study
+from saltray.records import connection
+from saltray.records.study import Place, create_study
+from saltray.search import search
+from saltray.search.plan import Plan
+from saltray.search.searcher import COLUMNS, StudySearch
+from saltray.search.space import Space
 
 TRIALS, SIDE_BY_SIDE = 1000, 4
 EPOCHS, EPOCH_SECONDS = 1, 0.2
@@ -34,7 +35,7 @@ SUGGESTIONS = 7
 
 
 class Share(NamedTuple):
-    """`saltray.trial.WorkerResources` without torch behind it."""
+    """`saltray.training.trial.WorkerResources` without torch behind it."""
 
     workers: int = 1
     cpus: float = 1.0

@@ -14,10 +14,12 @@ from ray.data.extensions import ArrowTensorArray
 
 from benchmarks.peers import Arrays, PlainLoop, seed_config, synthetic
 from benchmarks.rows import Goal, Row, at_least, interleaved, median
-from saltray import connection, cpu, stream
 from saltray.config import TrialConfig
-from saltray.training import fit
-from saltray.trial import DATA_SHARE, EVALUATION_BATCH
+from saltray.data import stream
+from saltray.records import connection
+from saltray.training import cpu
+from saltray.training.loop import fit
+from saltray.training.trial import DATA_SHARE, EVALUATION_BATCH
 
 TRAINING, VALIDATION = 128, 64
 EPOCHS = 1
@@ -39,11 +41,11 @@ SAME = {
     "epochs": 12,
 }
 """What is trained to see that a faster saltray finds what it found before: long enough to learn something."""
-BLOCK = 512  # as `saltray.dataset.TILES_PER_BLOCK`
+BLOCK = 512  # as `saltray.data.dataset.TILES_PER_BLOCK`
 
 
 def dataset(tiles: Arrays) -> ray.data.Dataset:
-    """Put tiles into the object store as `saltray.dataset.decode` does."""
+    """Put tiles into the object store as `saltray.data.dataset.decode` does."""
     blocks = [tiles.part(i, i + BLOCK).columns(i) for i in range(0, len(tiles), BLOCK)]
     tables = [
         pyarrow.table(

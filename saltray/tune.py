@@ -14,7 +14,7 @@ from saltray.config import DISK_FULL, Objective, Scheduler, Searcher, Split, Use
 
 # Heavy imports wait until they are needed, so that --help answers at once.
 if TYPE_CHECKING:
-    from saltray import run
+    from saltray.records import run
 
 DEMO = {"trials": 6, "epochs": 8}
 
@@ -176,8 +176,9 @@ def main(
     Without any argument: a demonstration on synthetic tiles, in less than five minutes on two CPU cores.
     """
     prepare_to_join(address)
-    from saltray import run, session, storage
-    from saltray.study import without_password
+    from saltray.records import run, storage
+    from saltray.records.study import without_password
+    from saltray.sessions import session
 
     free = {
         "searcher": searcher,
@@ -231,7 +232,7 @@ def main(
     }
     settings = _settings({**where, **place, **free, **fixed})
     if dry_run:
-        from saltray import preview
+        from saltray.sessions import preview
 
         preview.show(settings, address=address, synthetic=data is None)
         return
@@ -240,7 +241,7 @@ def main(
 
 def _settings(values: dict[str, Any]) -> run.Settings:
     """Make settings of the options that were given; raises UserError naming the option."""
-    from saltray import run
+    from saltray.records import run
 
     try:
         return run.Settings.model_validate({k: v for k, v in values.items() if v is not None})
@@ -262,8 +263,8 @@ def _refuse_given(options: dict[str, Any]) -> None:
 
 def _resumed(folder: Path, space: Path | None, server: str | None, changes: dict[str, Any]) -> run.Settings:
     """Return a run's settings with this session's changes."""
-    from saltray import run
-    from saltray import space as spaces
+    from saltray.records import run
+    from saltray.search import space as spaces
 
     settings = run.read_settings(folder)
     if server is not None and server != settings.study:

@@ -10,10 +10,12 @@ import numpy as np
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from saltray import checkpoint, metrics, validation
 from saltray.config import DEBUG, Objective
-from saltray.model import build_model
-from saltray.study import Place, create_study
+from saltray.contest import metrics
+from saltray.network.model import build_model
+from saltray.prediction import validation
+from saltray.records.study import Place, create_study
+from saltray.training import checkpoint
 
 START = datetime(2026, 11, 22, 8, tzinfo=UTC)
 DOMAINS = {

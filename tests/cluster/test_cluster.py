@@ -9,7 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from saltray import checkpoint, dataset, demo, png, rle, splitting, study, training
+from saltray import demo
+from saltray.contest import rle
+from saltray.data import dataset, png, splitting
+from saltray.records import study
+from saltray.training import checkpoint, loop
 from tests.cluster.hosts import HEAD, PATIENCE, ROOT, SHARED, WORKERS, Hosts, hosts, missing, wait_for
 
 why_not = missing()
@@ -76,7 +80,7 @@ def test_two_hosts_train_one_trial_and_agree_with_one_process(cluster: Hosts) ->
     cluster.finish(cluster.submit(f"{TILES} {settings} --out {SHARED}/ddp"))
     best = cluster.shared / "ddp" / "best"
     images, masks = validation_tiles(cluster.shared / "demo" / "data", seed=0)
-    alone, _ = training.evaluate(
+    alone, _ = loop.evaluate(
         checkpoint.load_model(best), [{"image": images, "mask": masks}], torch.device("cpu"), None
     )
     assert alone == pytest.approx(json.loads((best / "metrics.json").read_text())["best_map"], abs=1e-9)

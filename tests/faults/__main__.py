@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from saltray import run
+from saltray.records import run
 from tests.cluster.hosts import hosts, missing
 from tests.faults.bench import Bench
 from tests.faults.injected import FAULTS

@@ -12,7 +12,9 @@ from typing import Any
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from saltray import demo, rle, study
+from saltray import demo
+from saltray.contest import rle
+from saltray.records import study
 from tests.cluster.hosts import HEAD, PATIENCE, SHARED, Hosts, wait_for
 
 TRIALS, EPOCHS = 6, 3

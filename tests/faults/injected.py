@@ -9,7 +9,8 @@ from pathlib import Path
 
 from optuna.trial import TrialState
 
-from saltray import checkpoint, study
+from saltray.records import study
+from saltray.training import checkpoint
 from tests.cluster.hosts import HEAD, PATIENCE, ROOT, SHARED, wait_for
 from tests.faults.bench import EPOCHS, TRIALS, Bench, Figures, Refits, Search, ended_now, recovery
 

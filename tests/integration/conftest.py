@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from saltray import connection, demo
+from saltray import demo
+from saltray.records import connection
 from tests.integration.programs import SPACE, Program
 
 

@@ -14,7 +14,7 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial
 
-from saltray.study import Place, StudyError, load_study
+from saltray.records.study import Place, StudyError, load_study
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 import torch
 
-from saltray import gpus
-from saltray.study import Counts, count, epochs_of, load_study, score
+from saltray.records.study import Counts, count, epochs_of, load_study, score
+from saltray.search import gpus
 from tests.integration.programs import PATIENCE, ROOT, Program, check_submission, search_arguments, trials_of
 
 pytestmark = pytest.mark.timeout(900)

@@ -13,25 +13,19 @@ import ray.data
 import torch
 from PIL import Image
 
-from saltray import (
-    blend,
-    checkpoint,
-    dataset,
-    demo,
-    ensemble_bundle,
-    folds,
-    inference,
-    outoffold,
-    pseudo,
-    rle,
-    splitting,
-)
+from saltray import demo
 from saltray.config import IGNORED, ModelConfig, TrialConfig
-from saltray.inference import Model
-from saltray.metrics import Postprocessing
-from saltray.model import build_model
-from saltray.outoffold import Candidate, Source
-from saltray.study import Place, count, load_study
+from saltray.contest import rle
+from saltray.contest.metrics import Postprocessing
+from saltray.data import dataset, folds, splitting
+from saltray.ensembles import ensemble_bundle, outoffold, pseudo
+from saltray.ensembles.outoffold import Candidate, Source
+from saltray.network.model import build_model
+from saltray.prediction import inference
+from saltray.prediction.inference import Model
+from saltray.records.study import Place, count, load_study
+from saltray.sessions import blend
+from saltray.training import checkpoint
 from tests.integration.programs import Program, check_submission, close, epochs_in, search_arguments
 
 pytestmark = pytest.mark.timeout(900)

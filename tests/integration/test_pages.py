@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 
 from saltray import demo, explore
-from saltray.page import Page
+from saltray.reporting.page import Page
 
 Show = Callable[[Path, int], playwright.sync_api.Page]
 WIDTHS = [1280, 390]

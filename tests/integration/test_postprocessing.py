@@ -10,10 +10,14 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from saltray import checkpoint, dataset, demo, folds, inference, metrics, rle, validation
+from saltray import demo
 from saltray.config import TILE, ModelConfig, TrialConfig
-from saltray.metrics import Postprocessing
-from saltray.model import build_model
+from saltray.contest import metrics, rle
+from saltray.contest.metrics import Postprocessing
+from saltray.data import dataset, folds
+from saltray.network.model import build_model
+from saltray.prediction import inference, validation
+from saltray.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -15,13 +15,19 @@ from ray.tune import TuneError
 from ray.tune.schedulers import FIFOScheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from saltray import bundle, checkpoint, dataset, demo, limits, search, splitting, storage, stream, tracking
+from saltray import demo
 from saltray.config import SearchConfig, UserError
-from saltray.plan import Plan
-from saltray.searcher import SearchError
-from saltray.space import Space
-from saltray.study import Counts, Place, best_trial, count, create_study, epochs_of, load_study, score
-from saltray.trial import Tiles, WorkerResources
+from saltray.data import dataset, splitting, stream
+from saltray.prediction import bundle
+from saltray.records import storage
+from saltray.records.study import Counts, Place, best_trial, count, create_study, epochs_of, load_study, score
+from saltray.search import limits, search
+from saltray.search.plan import Plan
+from saltray.search.searcher import SearchError
+from saltray.search.space import Space
+from saltray.sessions import tracking
+from saltray.training import checkpoint, loop
+from saltray.training.trial import Tiles, WorkerResources
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -357,9 +363,7 @@ def test_two_workers_agree_with_one_and_leave_nothing_behind(tiles: Tiles, tmp_p
     folder = bundle.stage(tmp_path, best.user_attrs["checkpoint"])
     import torch
 
-    from saltray import training
-
-    alone = training.evaluate(
+    alone = loop.evaluate(
         checkpoint.load_model(folder),
         stream.plain_stream(whole, batch_size=4),
         torch.device("cpu"),

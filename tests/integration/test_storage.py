@@ -13,7 +13,10 @@ import pandas as pd
 import pyarrow.fs
 import pytest
 
-from saltray import bundle, checkpoint, demo, storage, study
+from saltray import demo
+from saltray.prediction import bundle
+from saltray.records import storage, study
+from saltray.training import checkpoint
 from tests.integration.programs import SPACE, Program
 
 pytestmark = pytest.mark.timeout(900)

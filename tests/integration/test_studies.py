@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from saltray.study import Place, count, load_study, own_trials
+from saltray.records.study import Place, count, load_study, own_trials
 from tests.integration.programs import Program, epochs_in, search_arguments
 
 pytestmark = pytest.mark.timeout(900)

@@ -17,10 +17,12 @@ import ray.data
 import torch
 from PIL import Image
 
-from saltray import dataset, demo, rle
-from saltray.augment import generator
+from saltray import demo
 from saltray.config import TILE, AugmentConfig
-from saltray.dataset import (
+from saltray.contest import rle
+from saltray.data import dataset
+from saltray.data.augment import generator
+from saltray.data.dataset import (
     DataError,
     Table,
     decode,
@@ -30,7 +32,7 @@ from saltray.dataset import (
     read_train,
     refuse,
 )
-from saltray.stream import EpochStreams, epoch_stream, plain_stream
+from saltray.data.stream import EpochStreams, epoch_stream, plain_stream
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -44,7 +46,7 @@ def small_blocks() -> Iterator[None]:
     """Cut even these few tiles into several blocks, and shuffle them in a buffer that they do not all fit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset, "TILES_PER_BLOCK", 12)
-        patch.setattr("saltray.stream.SHUFFLE_BUFFER", 20)
+        patch.setattr("saltray.data.stream.SHUFFLE_BUFFER", 20)
         yield
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import ablation, techniques
 from saltray.config import UserError
-from saltray.model import build_model
+from saltray.network.model import build_model
 
 
 def result(score: float) -> ablation.Run:

@@ -3,8 +3,8 @@ import pytest
 import torch
 from scipy.ndimage import affine_transform, gaussian_filter
 
-from saltray.augment import Batch, augment, generator, mixup
 from saltray.config import IGNORED, TILE, AugmentConfig
+from saltray.data.augment import Batch, augment, generator, mixup
 
 HALF = AugmentConfig(flip=0.5)
 

@@ -8,15 +8,19 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from saltray import blend, checkpoint, connection, refits, run, search
-from saltray.candidates import kept
 from saltray.config import DEBUG
-from saltray.model import build_model
-from saltray.outoffold import Candidate, Source
-from saltray.plan import Plan
-from saltray.storage import Home, Mirror
-from saltray.study import Place, create_study
-from saltray.trial import Tiles, WorkerResources
+from saltray.ensembles import refits
+from saltray.ensembles.candidates import kept
+from saltray.ensembles.outoffold import Candidate, Source
+from saltray.network.model import build_model
+from saltray.records import connection, run
+from saltray.records.storage import Home, Mirror
+from saltray.records.study import Place, create_study
+from saltray.search import search
+from saltray.search.plan import Plan
+from saltray.sessions import blend
+from saltray.training import checkpoint
+from saltray.training.trial import Tiles, WorkerResources
 from tests.runs import make_trial
 
 NOTHING: Any = None

@@ -15,10 +15,15 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from saltray import bundle, checkpoint, ensemble_bundle, inference, rle, run, splitting
 from saltray.config import DEBUG, ModelConfig, Split
-from saltray.model import build_model
-from saltray.training import to_input
+from saltray.contest import rle
+from saltray.data import splitting
+from saltray.ensembles import ensemble_bundle
+from saltray.network.model import build_model
+from saltray.prediction import bundle, inference
+from saltray.records import run
+from saltray.training import checkpoint
+from saltray.training.loop import to_input
 
 METRICS = {
     "best_map": 0.712345,

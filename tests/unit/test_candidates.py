@@ -6,11 +6,13 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from saltray import candidates, checkpoint, refits, run
 from saltray.config import DEBUG
-from saltray.model import build_model
-from saltray.storage import Home
-from saltray.study import REFITS, Place, create_study, keep_trials_at, load_study
+from saltray.ensembles import candidates, refits
+from saltray.network.model import build_model
+from saltray.records import run
+from saltray.records.storage import Home
+from saltray.records.study import REFITS, Place, create_study, keep_trials_at, load_study
+from saltray.training import checkpoint
 from tests.runs import make_trial
 
 TILES = "0123456789abcdef"

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from saltray import checkpoint
 from saltray.config import DEBUG, ModelConfig, TrialConfig, UserError
-from saltray.model import EncoderDecoder, build_model
-from saltray.optim import build_optimizer
+from saltray.network.model import EncoderDecoder, build_model
+from saltray.network.optim import build_optimizer
+from saltray.training import checkpoint
 
 CONFIG = DEBUG.model_copy(update={"model": ModelConfig(architecture="resunet", filters=2, levels=2)})
 METRICS = {"best_map": 0.75, "best_epoch": 2, "history": [0.5, 0.75]}

@@ -11,7 +11,7 @@ import pytest
 
 from saltray import cli, demo, score
 from saltray.config import UserError
-from saltray.submission import SubmissionError
+from saltray.contest.submission import SubmissionError
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from ray.autoscaler._private.command_runner import SSHCommandRunner
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
-from saltray import connection
+from saltray.records import connection
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

@@ -1,4 +1,4 @@
-"""The contest's folder as tables: what `saltray.dataset` does without Ray."""
+"""The contest's folder as tables: what `saltray.data.dataset` does without Ray."""
 
 import shutil
 import zipfile
@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from saltray import dataset, demo, rle
-from saltray.dataset import (
+from saltray import demo
+from saltray.contest import rle
+from saltray.data import dataset
+from saltray.data.dataset import (
     DataError,
     Folder,
     Table,

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from saltray import demo, rle, submission
+from saltray import demo
 from saltray.config import TILE, UserError
+from saltray.contest import rle, submission
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from saltray.config import SearchConfig, UserError
-from saltray.engine import REDUCTION, StudyHyperBand, make_sampler, make_scheduler
+from saltray.search.engine import REDUCTION, StudyHyperBand, make_sampler, make_scheduler
 
 CONTROLLER: Any = None
 

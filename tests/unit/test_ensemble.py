@@ -5,8 +5,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from saltray import ensemble, metrics
-from saltray.ensemble import MOST_PICKS, OutOfFold
+from saltray.contest import metrics
+from saltray.ensembles import ensemble
+from saltray.ensembles.ensemble import MOST_PICKS, OutOfFold
 
 
 def make(candidates: int, tiles: int, seed: int = 0, folds: int = 3) -> OutOfFold:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saltray import data_page, demo, explore, survey
+from saltray import demo, explore
 from saltray.cli import run_program
 from saltray.config import Split, UserError
-from saltray.splitting import NEIGHBOURS
+from saltray.data.splitting import NEIGHBOURS
+from saltray.reporting import data_page, survey
 from tests.unit.contrast import LEAST, contrasts
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ray.exceptions import WorkerCrashedError
 
-from saltray import gpus
+from saltray.search import gpus
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -9,74 +9,86 @@ from typing import NamedTuple
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "saltray"
-LAYERS = [
-    ["config"],
-    ["rle", "csvfile", "png"],
-    ["metrics"],
-    ["cpu"],
-    ["ensemble"],
-    ["losses"],
-    ["layers", "pretrained"],
-    ["model"],
-    ["optim"],
-    ["augment"],
-    ["dataset"],
-    ["splitting"],
-    ["folds"],
-    ["stream"],
-    ["checkpoint"],
-    ["members"],
-    ["training"],
-    ["samples"],
-    ["trial"],
-    ["space"],
-    ["storage"],
-    ["shared_folder"],
-    ["trial_files"],
-    ["study"],
-    ["warmstart"],
-    ["engine"],
-    ["gpus", "plan"],
-    ["packing"],
-    ["limits"],
-    ["searcher"],
-    ["search"],
-    ["submission"],
-    ["validation"],
-    ["inference"],
-    ["outoffold", "pseudo"],
-    ["refits"],
-    ["connection"],
-    ["run"],
-    ["bundle", "candidates"],
-    ["ensemble_bundle"],
-    ["outcome"],
-    ["view"],
-    ["tracking"],
-    ["cli"],
-    ["page"],
-    ["survey"],
-    ["data_page"],
-    ["demo"],
-    ["trial_figures"],
-    ["tile_figures"],
-    ["findings"],
-    ["ensemble_section"],
-    ["sections"],
-    ["report"],
-    ["blend"],
-    ["summary"],
-    ["session"],
-    ["preview"],
-    ["tune", "predict", "score", "explore"],
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-WITHOUT_RAY = [
-    *("config", "rle", "csvfile", "png", "metrics", "losses", "layers", "pretrained", "model", "optim"),
-    *("augment", "ensemble", "checkpoint", "members", "training", "samples"),
-    *("submission", "validation", "study", "cli", "page", "demo", "trial_figures", "tile_figures", "score"),
-]
+LAYERS = """
+config
+cli
+
+contest: rle csvfile
+contest: metrics
+contest: submission
+
+data: png augment
+data: dataset
+data: splitting
+data: folds stream
+
+network: losses optim layers pretrained
+network: model
+
+training: cpu checkpoint
+training: members loop
+training: samples
+training: trial
+
+records: storage
+records: shared_folder trial_files study connection
+records: run
+
+prediction: validation
+prediction: inference
+prediction: bundle
+prediction: outcome
+
+search: space engine warmstart limits gpus plan
+search: packing searcher
+search: search
+
+ensembles: ensemble
+ensembles: outoffold pseudo
+ensembles: refits
+ensembles: candidates ensemble_bundle
+
+reporting: page survey
+reporting: data_page findings trial_figures
+reporting: tile_figures
+reporting: ensemble_section environment_section
+reporting: sections
+
+demo report predict score explore
+
+sessions: view tracking
+sessions: blend
+sessions: summary
+sessions: session
+sessions: preview
+
+tune
+"""
+"""A line imports only lines above it."""
+
+
+def _layers() -> Iterator[list[str]]:
+    """Give each line's modules, such as data.png."""
+    for line in filter(None, LAYERS.splitlines()):
+        folder, _, names = line.rpartition(": ")
+        yield [f"{folder}.{name}".strip(".") for name in names.split()]
+
+
+LEVEL = {name: level for level, names in enumerate(_layers()) for name in names}
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__"
+}
+MODULES = list(FILES)
+FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in LEVEL if "." in name))
+WITHOUT_RAY = {
+    *("config", "cli", "demo", "score"),
+    *(name for name in MODULES if name.startswith(("contest.", "network."))),
+    *("data.png", "data.augment", "training.checkpoint", "training.members", "training.loop"),
+    *("training.samples", "ensembles.ensemble", "prediction.validation", "records.study"),
+    *("reporting.page", "reporting.trial_figures", "reporting.tile_figures"),
+}
 
 
 class Import(NamedTuple):
@@ -86,7 +98,7 @@ class Import(NamedTuple):
 
 
 def imports(name: str) -> list[Import]:
-    return list(_walk(ast.parse((PACKAGE / f"{name}.py").read_text()), typing_only=False))
+    return list(_walk(ast.parse(FILES[name].read_text()), typing_only=False))
 
 
 def _walk(node: ast.AST, typing_only: bool) -> Iterator[Import]:
@@ -95,8 +107,9 @@ def _walk(node: ast.AST, typing_only: bool) -> Iterator[Import]:
     elif isinstance(node, ast.ImportFrom):
         assert node.level == 0, f"line {node.lineno}: a relative import"
         module = node.module or ""
-        # `from saltray import rle` imports the module rle, `from saltray.rle import encode` as well.
-        names = [f"saltray.{a.name}" for a in node.names] if module == "saltray" else [module]
+        # `from saltray.contest import rle` imports a module, `from saltray.config import TILE` as well.
+        whole = module.removeprefix("saltray.") not in ["saltray", *FOLDERS]
+        names = [module] if whole else [f"{module}.{a.name}" for a in node.names]
         yield from (Import(name, typing_only) for name in names)
     elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         for statement in node.body:
@@ -109,7 +122,7 @@ def _walk(node: ast.AST, typing_only: bool) -> Iterator[Import]:
 
 
 def own(name: str) -> set[str]:
-    return {i.module.split(".")[1] for i in imports(name) if i.module.startswith("saltray.")}
+    return {i.module.removeprefix("saltray.") for i in imports(name) if i.module.startswith("saltray.")}
 
 
 def foreign(name: str, package: str, typing_only: bool = True) -> bool:
@@ -119,7 +132,7 @@ def foreign(name: str, package: str, typing_only: bool = True) -> bool:
 
 def test_every_module_has_its_layer() -> None:
     assert set(MODULES) == set(LEVEL)
-    assert not [path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert {path.parent.name for path in PACKAGE.rglob("__init__.py")} == {"saltray", *FOLDERS}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -129,44 +142,42 @@ def test_a_module_imports_only_modules_above_it(name: str) -> None:
 
 def test_the_readme_lists_the_modules_in_their_order() -> None:
     readme = (PACKAGE.parent / "README.md").read_text()
-    listed = re.findall(
-        r"(\w+)\.py", readme.partition("    saltray/\n")[2].partition("    search_spaces/")[0]
-    )
-    assert sorted(listed) == MODULES
+    folder, listed = "", []
+    for line in readme.partition("    saltray/\n")[2].partition("    search_spaces/")[0].splitlines():
+        if found := re.match(r"      (\w+)/", line):
+            folder = found[1]
+        elif re.match(r"      \w", line):
+            folder = ""
+        listed += [f"{folder}.{name}".strip(".") for name in re.findall(r"(\w+)\.py", line)]
+    assert sorted(listed) == sorted(MODULES)
     assert [LEVEL[name] for name in listed] == sorted(LEVEL[name] for name in listed)
 
 
-@pytest.mark.parametrize("name", WITHOUT_RAY)
+@pytest.mark.parametrize("name", sorted(WITHOUT_RAY))
 def test_numerics_and_files_need_no_ray(name: str) -> None:
     assert not foreign(name, "ray")
-    assert own(name) <= set(WITHOUT_RAY)  # nor through another module
+    assert own(name) <= WITHOUT_RAY  # nor through another module
 
 
 def test_only_the_search_and_its_readers_know_optuna() -> None:
-    known = {
-        "space",
-        "study",
-        "warmstart",
-        "engine",
-        "limits",
-        "search",
-        "searcher",
-        "outcome",
-        "view",
-        "tracking",
-        "refits",
-    }
-    known |= {"candidates", "blend", "summary", "session", "preview"}
-    known |= {"ensemble_section", "trial_figures", "tile_figures", "findings", "sections", "report"}
-    assert {name for name in MODULES if foreign(name, "optuna")} <= known
+    known = (
+        "records.study",
+        "prediction.outcome",
+        "search.",
+        "ensembles.",
+        "reporting.",
+        "report",
+        "sessions.",
+    )
+    assert [name for name in MODULES if foreign(name, "optuna") and not name.startswith(known)] == []
 
 
 def test_training_and_prediction_meet_through_files_alone() -> None:
-    reports = ("ensemble_section", "trial_figures", "tile_figures", "findings", "sections", "report")
-    for name in ("inference", "bundle", "predict", *reports):
-        assert not own(name) & {"trial", "space", "searcher", "search", "view", "session", "tune"}
-    for name in reports:
-        assert not own(name) & {"engine", "inference"}
+    readers = [name for name in MODULES if name.startswith(("prediction.", "reporting."))]
+    for name in (*readers, "predict", "report"):
+        assert not {i for i in own(name) if i.startswith(("training.trial", "search.", "sessions."))}
+    for name in readers:
+        assert not name.startswith("reporting.") or "prediction.inference" not in own(name)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -177,11 +188,11 @@ def test_spaces_and_tests_are_never_imported(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_module_is_too_long(name: str) -> None:
-    assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 400
+    assert len(FILES[name].read_text().splitlines()) <= 400
 
 
 def test_decoding_and_augmentation_load_no_torch() -> None:
     # Ray Data's processes import these; PyTorch would cost each a second and 200 MB.
-    code = "import saltray.dataset, saltray.augment, sys; print('torch' in sys.modules)"
+    code = "import saltray.data.dataset, saltray.data.augment, sys; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"

@@ -9,7 +9,7 @@ from sklearn.metrics import f1_score, jaccard_score, log_loss
 from torch import Tensor
 
 from saltray.config import IGNORED, LossConfig, LossName
-from saltray.losses import (
+from saltray.network.losses import (
     LOSSES,
     SURE,
     bce,

@@ -10,8 +10,8 @@ from scipy.special import expit
 from scipy.special import logit as scipy_logit
 from sklearn.metrics import jaccard_score
 
-from saltray import metrics
-from saltray.metrics import Postprocessing
+from saltray.contest import metrics
+from saltray.contest.metrics import Postprocessing
 
 EXACT_THRESHOLDS = [Fraction(k, 20) for k in range(10, 20)]
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from saltray.config import ModelConfig, UserError
-from saltray.layers import SCSE, Dropout, Hypercolumn, ResidualBlock, Style, crop, lay_over, pad
-from saltray.model import EncoderDecoder, Input, build_model, count_parameters
+from saltray.network.layers import SCSE, Dropout, Hypercolumn, ResidualBlock, Style, crop, lay_over, pad
+from saltray.network.model import EncoderDecoder, Input, build_model, count_parameters
 
 Architecture = Literal["unet", "resunet"]
 BOTH: list[Architecture] = ["unet", "resunet"]

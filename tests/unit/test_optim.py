@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, OneCycleLR, Re
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from saltray.config import OptimConfig
-from saltray.optim import (
+from saltray.network.optim import (
     averaged_tensors,
     build_optimizer,
     cycle_ends,

@@ -5,10 +5,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from saltray import bundle, checkpoint, outcome
 from saltray.config import DEBUG
-from saltray.model import build_model
-from saltray.study import Place, create_study
+from saltray.network.model import build_model
+from saltray.prediction import bundle, outcome
+from saltray.records.study import Place, create_study
+from saltray.training import checkpoint
 from tests.runs import make_trial
 
 NOTHING: Any = None

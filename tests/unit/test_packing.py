@@ -5,11 +5,11 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-from saltray import packing
 from saltray.config import DEBUG
-from saltray.packing import best_count, gpu_share, most_side_by_side
-from saltray.plan import PlanError, plan
-from saltray.trial import WorkerResources
+from saltray.search import packing
+from saltray.search.packing import best_count, gpu_share, most_side_by_side
+from saltray.search.plan import PlanError, plan
+from saltray.training.trial import WorkerResources
 
 
 def measured(*rates: float) -> tuple[Callable[[int], float], list[int]]:

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
-from saltray.page import COLOURS, INK, PREDICTION, SOFT, TRUTH, Page, Picture, overlay
+from saltray.reporting.page import COLOURS, INK, PREDICTION, SOFT, TRUTH, Page, Picture, overlay
 from tests.unit.contrast import LEAST, contrast
 
 HOSTILE = """<script>alert("1")</script>'"><img src=x onerror=alert(1)>&amp;"""

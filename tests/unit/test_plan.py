@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from saltray.plan import PlanError, plan
+from saltray.search.plan import PlanError, plan
 
 
 def test_two_trials_of_one_thread_on_two_cores() -> None:

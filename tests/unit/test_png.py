@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from saltray.config import TILE
-from saltray.png import decode_image, decode_mask
+from saltray.data.png import decode_image, decode_mask
 
 
 def png(pixels: npt.NDArray[np.generic], mode: str | None = None) -> bytes:

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from saltray import checkpoint, connection, dataset, demo, inference, members, predict
+from saltray import demo, predict
 from saltray.config import TILE, ModelConfig, TrialConfig, UserError
-from saltray.model import build_model
+from saltray.data import dataset
+from saltray.network.model import build_model
+from saltray.prediction import inference
+from saltray.records import connection
+from saltray.training import checkpoint, members
 
 
 class RayStarted(Exception):

@@ -8,9 +8,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from saltray import checkpoint, pretrained
 from saltray.config import ModelConfig, TrialConfig, UserError
-from saltray.model import EncoderDecoder, build_model, load_encoder
+from saltray.network import pretrained
+from saltray.network.model import EncoderDecoder, build_model, load_encoder
+from saltray.training import checkpoint
 
 NAMES = list(pretrained.SCALES)
 NAME = "efficientnet_lite0"

@@ -2,10 +2,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from saltray import folds, pseudo
-from saltray.augment import Batch
 from saltray.config import IGNORED
-from saltray.metrics import logit
+from saltray.contest.metrics import logit
+from saltray.data import folds
+from saltray.data.augment import Batch
+from saltray.ensembles import pseudo
 
 
 class Known(pseudo.Labeller):

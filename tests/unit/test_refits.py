@@ -5,13 +5,14 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from saltray import checkpoint, refits
 from saltray.config import DEBUG, OptimConfig, SearchConfig, TrialConfig
-from saltray.model import build_model
-from saltray.outoffold import Candidate, Source
-from saltray.searcher import StudySearch
-from saltray.study import Place, count, create_study, load_study, requeue
-from saltray.trial import WorkerResources
+from saltray.ensembles import refits
+from saltray.ensembles.outoffold import Candidate, Source
+from saltray.network.model import build_model
+from saltray.records.study import Place, count, create_study, load_study, requeue
+from saltray.search.searcher import StudySearch
+from saltray.training import checkpoint
+from saltray.training.trial import WorkerResources
 from tests.runs import make_trial
 from tests.unit.studies import result
 

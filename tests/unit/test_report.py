@@ -12,10 +12,13 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from saltray import connection, report, run, sections, storage, tile_figures, trial_figures, validation
+from saltray import report
 from saltray.config import Split, UserError
-from saltray.splitting import NEIGHBOURS
-from saltray.study import load_study, score
+from saltray.data.splitting import NEIGHBOURS
+from saltray.prediction import validation
+from saltray.records import connection, run, storage
+from saltray.records.study import load_study, score
+from saltray.reporting import sections, tile_figures, trial_figures
 from tests.runs import START, make_run, make_trial
 from tests.unit.contrast import LEAST, contrasts
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from saltray import rle
 from saltray.config import TILE
+from saltray.contest import rle
 
 TGS = Path(__file__).parents[3] / "shared" / "tgs"
 

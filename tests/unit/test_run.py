@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from saltray import run, storage
-from saltray.run import RunError, Settings
+from saltray.records import run, storage
+from saltray.records.run import RunError, Settings
 
 SETTINGS = Settings(data="DIR", space="space.py", trials=3, epochs=2, seed=0)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from saltray import checkpoint, samples
 from saltray.config import DEBUG
-from saltray.model import build_model
+from saltray.network.model import build_model
+from saltray.training import checkpoint, samples
 
 Batch = dict[str, np.ndarray]
 

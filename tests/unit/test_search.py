@@ -9,12 +9,8 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from saltray import search
 from saltray.config import SearchConfig
-from saltray.limits import Limits, gpu_hours
-from saltray.searcher import SearchError, StudySearch
-from saltray.space import Space
-from saltray.study import (
+from saltray.records.study import (
     Counts,
     Place,
     StudyError,
@@ -25,7 +21,11 @@ from saltray.study import (
     load_study,
     requeue,
 )
-from saltray.trial import WorkerResources
+from saltray.search import search
+from saltray.search.limits import Limits, gpu_hours
+from saltray.search.searcher import SearchError, StudySearch
+from saltray.search.space import Space
+from saltray.training.trial import WorkerResources
 from tests.unit.studies import result
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from saltray import shared_folder, storage
+from saltray.records import shared_folder, storage
 
 
 @pytest.fixture

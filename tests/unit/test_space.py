@@ -3,9 +3,10 @@ from pathlib import Path
 import optuna
 import pytest
 
-from saltray import pretrained, space
 from saltray.config import TrialConfig, UserError
-from saltray.space import SpaceError
+from saltray.network import pretrained
+from saltray.search import space
+from saltray.search.space import SpaceError
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
 BUNDLED = sorted(path.stem for path in SPACES.glob("*.py"))

@@ -10,10 +10,11 @@ from numpy import typing as npt
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from saltray import dataset, demo, splitting
+from saltray import demo
 from saltray.config import TILE, Split
-from saltray.dataset import DataError
-from saltray.splitting import cut_off, find_neighbours, groups_of, read_groups, stratified_folds
+from saltray.data import dataset, splitting
+from saltray.data.dataset import DataError
+from saltray.data.splitting import cut_off, find_neighbours, groups_of, read_groups, stratified_folds
 
 
 def spread(values: npt.NDArray[np.generic] | list[int]) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from saltray import storage, trial_files
+from saltray.records import storage, trial_files
 
 
 def test_a_path_is_its_own_home_and_a_uri_has_a_working_folder(

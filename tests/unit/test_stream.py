@@ -4,8 +4,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from saltray import stream
-from saltray.stream import EpochStreams, Tensors
+from saltray.data import stream
+from saltray.data.stream import EpochStreams, Tensors
 
 TILES, BATCH = 12, 4
 

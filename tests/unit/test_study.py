@@ -9,10 +9,10 @@ import sqlalchemy
 from optuna.storages._rdb.models import BaseModel
 from optuna.trial import BaseTrial, TrialState, create_trial
 
-from saltray import study as studies
-from saltray.limits import ended_without_gain
-from saltray.study import Place, StudyError, count, create_study, load_study
-from saltray.warmstart import adopt, is_adopted
+from saltray.records import study as studies
+from saltray.records.study import Place, StudyError, count, create_study, load_study
+from saltray.search.limits import ended_without_gain
+from saltray.search.warmstart import adopt, is_adopted
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saltray import metrics, rle, submission
 from saltray.config import TILE, UserError
-from saltray.submission import SubmissionError
+from saltray.contest import metrics, rle, submission
+from saltray.contest.submission import SubmissionError
 
 TGS = Path(__file__).parents[3] / "shared" / "tgs"
 HEADER = "id,rle_mask\n"

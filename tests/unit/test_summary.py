@@ -7,8 +7,9 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from saltray import connection, run, storage, summary
-from saltray.study import load_study
+from saltray.records import connection, run, storage
+from saltray.records.study import load_study
+from saltray.sessions import summary
 from tests.runs import make_run, make_trial
 
 FACTS: dict[str, Any] = {

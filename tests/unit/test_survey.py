@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saltray import dataset, demo, splitting, survey
+from saltray import demo
 from saltray.config import TILE
-from saltray.dataset import DataError
+from saltray.data import dataset, splitting
+from saltray.data.dataset import DataError
+from saltray.reporting import survey
 
 
 @pytest.fixture(scope="module")

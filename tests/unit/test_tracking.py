@@ -19,9 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboardX import record_writer
 
-from saltray import tracking
 from saltray.config import UserError
-from saltray.samples import PICTURE
+from saltray.sessions import tracking
+from saltray.training.samples import PICTURE
 
 RATE = FloatDistribution(1e-4, 1e-1)
 

@@ -10,10 +10,11 @@ import torch
 from torch.multiprocessing.spawn import spawn
 from torch.optim.swa_utils import update_bn
 
-from saltray import checkpoint, metrics, training
 from saltray.config import DEBUG, LossConfig, ModelConfig, OptimConfig, TrialConfig, UserError
-from saltray.losses import LOSSES
-from saltray.model import build_model
+from saltray.contest import metrics
+from saltray.network.losses import LOSSES
+from saltray.network.model import build_model
+from saltray.training import checkpoint, loop
 
 CPU = torch.device("cpu")
 Tiles = dict[str, torch.Tensor]
@@ -70,7 +71,7 @@ CONFIG = TrialConfig(
 
 
 def fit(config: TrialConfig, recorder: Recorder, resume: Path | None = None) -> None:
-    training.fit(
+    loop.fit(
         config,
         lambda epoch: batches(TRAIN, config.batch_size, seed=epoch),
         lambda: batches(VALIDATION, 4),
@@ -96,7 +97,7 @@ def test_loss_falls_and_the_best_weights_are_kept(tmp_path: Path) -> None:
     assert recorder.column("finished") == [False, False, False, True]
     assert recorder.column("best_map") == list(np.maximum.accumulate(recorder.column("map")))
     model = checkpoint.load_model(tmp_path / "4")
-    assert training.evaluate(model, batches(VALIDATION, 3), CPU, None)[0] == max(recorder.column("map"))
+    assert loop.evaluate(model, batches(VALIDATION, 3), CPU, None)[0] == max(recorder.column("map"))
 
 
 def test_same_seed_same_result_and_another_seed_another(tmp_path: Path) -> None:
@@ -171,10 +172,7 @@ def test_averaged_weights_are_the_ones_judged_and_kept(tmp_path: Path, technique
         assert torch.equal(state["average"]["head.weight"], state["model"]["head.weight"]) == first
         model = build_model(config.model)
         model.load_state_dict(state["average"])
-        assert (
-            training.evaluate(model, batches(VALIDATION, 3), CPU, None)[0]
-            == recorder.column("map")[epoch - 1]
-        )
+        assert loop.evaluate(model, batches(VALIDATION, 3), CPU, None)[0] == recorder.column("map")[epoch - 1]
         if recorder.column("best_map")[epoch - 1] > recorder.column("best_map")[epoch - 2]:
             kept = checkpoint.load_weights(tmp_path / str(epoch))
             assert all(torch.equal(kept[name], value) for name, value in state["average"].items())
@@ -186,8 +184,8 @@ def test_recomputed_batchnorm_agrees_with_torchs() -> None:
     for module in peer.modules():
         if isinstance(module, torch.nn.Dropout):  # which torch leaves on
             module.p = 0.0
-    training.recompute_batchnorm(model, batches(TRAIN, 8), CPU, None)
-    update_bn([training.to_input(b["image"], CPU) for b in batches(TRAIN, 8)], peer)
+    loop.recompute_batchnorm(model, batches(TRAIN, 8), CPU, None)
+    update_bn([loop.to_input(b["image"], CPU) for b in batches(TRAIN, 8)], peer)
     for name, value in peer.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
     assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
@@ -220,13 +218,13 @@ def test_depth_reaches_the_network_and_its_absence_is_told(tmp_path: Path) -> No
     z = torch.tensor([100.0, 900.0])
     tiles = {"image": torch.zeros(2, 101, 101, dtype=torch.uint8), "z": z}
     tiles["mask"] = (z > 500).to(torch.uint8)[:, None, None].expand(-1, 101, 101)
-    assert training.evaluate(SaltBelow(), [tiles], CPU, None) == (1, 2)
-    assert training.evaluate(SaltBelow(), [tiles | {"z": z.flip(0)}], CPU, None) == (0, 2)
+    assert loop.evaluate(SaltBelow(), [tiles], CPU, None) == (1, 2)
+    assert loop.evaluate(SaltBelow(), [tiles | {"z": z.flip(0)}], CPU, None) == (0, 2)
 
 
 def test_an_encoders_weights_are_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
-    monkeypatch.setattr(training, "load_encoder", lambda model, config: loads.append(config))
+    monkeypatch.setattr(loop, "load_encoder", lambda model, config: loads.append(config))
     cut = Recorder(tmp_path / "cut", 2)
     with pytest.raises(KeyboardInterrupt):
         fit(CONFIG, cut)
@@ -239,7 +237,7 @@ def test_an_average_starts_from_the_encoders_weights(tmp_path: Path, monkeypatch
         for parameter in model.parameters():
             torch.nn.init.constant_(parameter, 0.125)
 
-    monkeypatch.setattr(training, "load_encoder", load)
+    monkeypatch.setattr(loop, "load_encoder", load)
     still = OptimConfig(average="ema", optimizer="sgd", learning_rate=1e-30)
     fit(CONFIG.model_copy(update={"optim": still, "epochs": 1}), Recorder(tmp_path))
     weights = checkpoint.load_weights(tmp_path / "1")
@@ -261,11 +259,11 @@ def test_mixup_mixes_the_depths_as_well(tmp_path: Path, monkeypatch: pytest.Monk
 
     config = TrialConfig.from_dict({"augment": {"mixup": 0.4}})
     network = Watching()
-    learner = training.Learner.new(config, CPU, steps=1)
+    learner = loop.Learner.new(config, CPU, steps=1)
     bright = torch.tensor([10, 90, 200], dtype=torch.uint8)
     tiles = {"image": bright[:, None, None].expand(-1, 101, 101), "z": bright.float()}
     tiles["mask"] = torch.zeros(3, 101, 101, dtype=torch.uint8)
-    training.train_epoch(learner, network, [tiles], 1, [])
+    loop.train_epoch(learner, network, [tiles], 1, [])
     torch.testing.assert_close(seen[0], torch.zeros(3), atol=1e-3, rtol=0)
 
 
@@ -295,7 +293,7 @@ def test_a_finished_checkpoint_is_told_again_and_not_trained_on(tmp_path: Path) 
         assert folder is None
         told.append(metrics)
 
-    training.fit(CONFIG, lambda _: [], lambda: [], report, steps=3, device=CPU, resume=tmp_path / "w" / "4")
+    loop.fit(CONFIG, lambda _: [], lambda: [], report, steps=3, device=CPU, resume=tmp_path / "w" / "4")
     last = whole.reports[-1]
     assert told == [{k: last[k] for k in ("epoch", "map", "best_map", "finished")}]
 
@@ -323,8 +321,8 @@ def test_a_loss_that_is_no_number_ends_the_trial(tmp_path: Path) -> None:
     loss: Callable[[Any, Any], Any] = lambda logits, masks: logits.mean() * float("nan")  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LOSSES, "bce", loss)
-        with pytest.raises(training.Diverged, match="nan in epoch 1"):
-            training.fit(broken, lambda _: nan, lambda: [], Recorder(tmp_path), steps=3, device=CPU)
+        with pytest.raises(loop.Diverged, match="nan in epoch 1"):
+            loop.fit(broken, lambda _: nan, lambda: [], Recorder(tmp_path), steps=3, device=CPU)
 
 
 def test_weights_that_the_last_step_broke_end_the_trial(tmp_path: Path) -> None:
@@ -332,8 +330,8 @@ def test_weights_that_the_last_step_broke_end_the_trial(tmp_path: Path) -> None:
     loss: Callable[[Any, Any], Any] = lambda logits, masks: logits.mean() + (logits * 0).sum().sqrt()  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LOSSES, "bce", loss)
-        with pytest.raises(training.Diverged, match="nan in epoch 1"):
-            training.fit(
+        with pytest.raises(loop.Diverged, match="nan in epoch 1"):
+            loop.fit(
                 CONFIG, lambda _: batches(TRAIN, 24), lambda: [], Recorder(tmp_path), steps=1, device=CPU
             )
 
@@ -346,15 +344,15 @@ def test_evaluate_agrees_with_the_metric_whatever_the_batches() -> None:
         salt = (model(images.contiguous(memory_format=torch.channels_last)) > 0).numpy()
     expected = metrics.mean_precision(salt, VALIDATION["mask"].numpy() > 0)
     for size in (1, 4, 10):
-        assert training.evaluate(model, batches(VALIDATION, size), CPU, None)[0] == pytest.approx(expected)
+        assert loop.evaluate(model, batches(VALIDATION, size), CPU, None)[0] == pytest.approx(expected)
 
 
 def test_precision_is_float32_on_a_cpu_unless_asked() -> None:
-    assert training.autocast_dtype("auto", CPU) is None
-    assert training.autocast_dtype("float32", CPU) is None
-    assert training.autocast_dtype("bfloat16", CPU) is torch.bfloat16
-    assert training.autocast_dtype("float16", CPU) is None
-    assert training.autocast_dtype("float16", torch.device("cuda")) is torch.float16
+    assert loop.autocast_dtype("auto", CPU) is None
+    assert loop.autocast_dtype("float32", CPU) is None
+    assert loop.autocast_dtype("bfloat16", CPU) is torch.bfloat16
+    assert loop.autocast_dtype("float16", CPU) is None
+    assert loop.autocast_dtype("float16", torch.device("cuda")) is torch.float16
 
 
 def test_bfloat16_trains(tmp_path: Path) -> None:
@@ -367,7 +365,7 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
 def test_float16_trains_as_float32_does_with_its_loss_scaled_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_norm: float | None
 ) -> None:
-    monkeypatch.setattr(training, "autocast_dtype", lambda *_: torch.float16)  # as on a GPU
+    monkeypatch.setattr(loop, "autocast_dtype", lambda *_: torch.float16)  # as on a GPU
     whole, cut, rest, plain = (Recorder(tmp_path / n) for n in ("whole", "cut", "rest", "plain"))
     optim = OptimConfig(learning_rate=2e-2, clip_norm=clip_norm)
     config = CONFIG.model_copy(update={"precision": "float16", "optim": optim})
@@ -392,7 +390,7 @@ def _one_of_two(rank: int, folder: str, config: TrialConfig) -> None:
     share = {k: v[rank::2] for k, v in TRAIN.items()}
     if rank:  # without salt, its auxiliary heads must still meet the other's
         share["mask"] = torch.zeros_like(share["mask"])
-    training.fit(
+    loop.fit(
         config,
         lambda epoch: batches(share, 4, seed=epoch),
         lambda: batches({k: v[rank::2] for k, v in VALIDATION.items()}, 4),

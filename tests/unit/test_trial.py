@@ -6,16 +6,16 @@ import pytest
 import torch
 from ray import tune
 
-from saltray import training, trial
 from saltray.config import DEBUG
-from saltray.trial import Share, Tiles, WorkerResources
+from saltray.training import loop, trial
+from saltray.training.trial import Share, Tiles, WorkerResources
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB."), "--gpus-per-trial.*20 MiB"),
-        (training.Diverged(3, float("nan")), "the loss is nan in epoch 3"),
+        (loop.Diverged(3, float("nan")), "the loss is nan in epoch 3"),
     ],
 )
 def test_what_would_fail_again_is_a_result_and_not_a_crash(
@@ -28,7 +28,7 @@ def test_what_would_fail_again_is_a_result_and_not_a_crash(
             report({"epoch": epoch, "map": 0.5, "best_map": 0.5, "finished": False}, None)
         raise error
 
-    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(loop, "fit", fit)
     monkeypatch.setattr(tune, "report", lambda metrics, checkpoint: reports.append(metrics))
     monkeypatch.setattr(tune, "get_checkpoint", lambda: None)
     tiles: Any = SimpleNamespace(count=lambda: 30)

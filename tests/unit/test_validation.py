@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saltray import validation
 from saltray.config import TILE
-from saltray.metrics import IOU_THRESHOLDS
-from saltray.validation import ValidationError
+from saltray.contest.metrics import IOU_THRESHOLDS
+from saltray.prediction import validation
+from saltray.prediction.validation import ValidationError
 
 
 def table_of(coverage: list[float], predicted: list[float], iou: list[float]) -> pd.DataFrame:

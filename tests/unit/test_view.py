@@ -8,11 +8,11 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from saltray.config import SearchConfig
-from saltray.searcher import StudySearch
-from saltray.space import Space
-from saltray.study import Place, create_study, load_study
-from saltray.trial import WorkerResources
-from saltray.view import LiveView, duration, text
+from saltray.records.study import Place, create_study, load_study
+from saltray.search.searcher import StudySearch
+from saltray.search.space import Space
+from saltray.sessions.view import LiveView, duration, text
+from saltray.training.trial import WorkerResources
 from tests.unit.studies import result
 
 NOTHING: Any = None

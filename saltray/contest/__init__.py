@@ -1,0 +1,1 @@
+"""The contest's own terms: run-length codes, its metric, its files."""

@@ -1,0 +1,204 @@
+"""The split of the labelled tiles into folds: alike in coverage, and if wanted with neighbours kept together.
+
+The contest's tiles were cut from shared mosaics, and where one tile ends the next goes on. Two such tiles on
+both sides of a split flatter the validation score: the model has seen the rest of the picture.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from saltray.config import Split
+from saltray.data.dataset import DataError, Table, decode_local
+
+FOLDS = 5
+"""Of a search's split; fold 0 validates: 80/20."""
+
+NEIGHBOURS: dict[Split, str] = {
+    "coverage": "Tiles that lie side by side in a survey, as many of the contest's do, may be on both sides "
+    "of the split: what is learnt from one then flatters the score on the other.",
+    "neighbours": "Tiles that lie side by side in a survey, as many of the contest's do, are on one side "
+    "of the split, as far as their edges tell.",
+}
+"""What whoever reads a score must know of its split; true of any survey, for reports and model cards."""
+
+MATCH_RATIO = 0.5
+"""A match is believed when its distance is below this part of the second best's (Lowe 2004). On the contest's
+tiles, where the first tile's edge has both salt and none, the masks of believed pairs agree in 0.84 (side by
+side) and 0.93 (one below the other) of the edge's pixels; those of pairs with a ratio below 0.9 in 0.76 and
+0.61, random pairs in 0.52."""
+
+FLAT = 3.0
+"""Standard deviation, in grey levels, below which an edge has nothing to be recognised by."""
+
+MOST_COMPARED = 50_000
+"""Tiles, beyond which no neighbours across a split are looked for: each edge is compared with every other."""
+
+_CHUNK = 2048  # rows of the table of all pairs that are held at once
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+def read_groups(table: Table, split: Split) -> Ints | None:
+    """Decode a table's labelled tiles and tell which of them must share a fold; None where none must.
+
+    An image that cannot be read has no neighbours.
+    """
+    if split == "coverage":
+        return None
+    tiles, _ = decode_local(table)
+    return groups_in(table, tiles["row"], find_neighbours(tiles["image"]))
+
+
+def stratified_folds(
+    coverage: npt.ArrayLike, folds: int, seed: int, groups: npt.ArrayLike | None = None
+) -> Ints:
+    """Assign each tile a fold, with the same spread of coverage in all of them.
+
+    Fold 0 of 5 is the validation set of the 80/20 split. Empty tiles are one class; the others are cut into
+    up to ten classes of equal size by their coverage.
+
+    Args:
+        coverage: share of salt of each tile, in [0, 1].
+        folds: number of folds, at least 2.
+        seed: of the shuffle.
+        groups: a number for each tile; those that share one share a fold, at the cost of some evenness.
+
+    Returns:
+        int64 array of shape (tiles,), in [0, folds).
+
+    Raises:
+        DataError: there are fewer tiles, or groups, than folds.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    coverage = np.asarray(coverage, np.float64)
+    units, kind = len(coverage), "labelled tiles"
+    if groups is not None:
+        units, kind = len(np.unique(groups)), "groups of labelled tiles"
+    if units < folds:
+        raise DataError(f"{units} {kind}: too few for {folds} folds")
+    salt = coverage > 0
+    classes = np.zeros(len(coverage), np.int64)
+    # At least `folds` tiles a class, or a fold could not have one of each.
+    bins = min(10, int(salt.sum()) // folds)
+    if bins:
+        ranks = np.argsort(np.argsort(coverage[salt], kind="stable"), kind="stable")
+        classes[salt] = 1 + ranks * bins // int(salt.sum())
+    if (~salt).sum() < folds or not bins:
+        classes = np.maximum(classes, 1)
+    result = np.empty(len(coverage), np.int64)
+    splitter = (StratifiedKFold if groups is None else StratifiedGroupKFold)(
+        folds, shuffle=True, random_state=seed
+    )
+    for fold, (_, members) in enumerate(splitter.split(coverage, classes, groups)):
+        result[members] = fold
+    return result
+
+
+def groups_in(table: Table, rows: Ints, pairs: Ints) -> Ints:
+    """Number the groups of a table's tiles, int64 (tiles,).
+
+    Args:
+        table: of all tiles.
+        rows: by which the table knows the tiles that were compared.
+        pairs: (n, 2), positions among those.
+    """
+    return groups_of(len(table.rows), pd.Index(table.rows["row"]).get_indexer(rows)[pairs])
+
+
+def groups_of(tiles: int, pairs: Ints) -> Ints:
+    """Number the groups that pairs (n, 2) join: int64 (tiles,); a tile in no pair is a group of its own."""
+    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(tiles, tiles))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def find_neighbours(images: npt.NDArray[np.uint8]) -> Ints:
+    """Find pairs of tiles that seem to lie side by side, or one below the other, in the same mosaic.
+
+    Each tile's right edge is compared with all left edges, its lower with all upper ones, by correlation
+    over the edge's pixels (tiles differ in brightness and contrast). Both edges are first moved half a pixel
+    towards each other, along their own slope. A pair counts where each is the other's best, clearly before
+    the second.
+
+    Args:
+        images: uint8 (tiles, height, width).
+
+    Returns:
+        int64 (pairs, 2), positions of the left or upper tile and of the other.
+    """
+    if len(images) < 2:  # of a folder in which no tile can be read, say
+        return np.empty((0, 2), np.int64)
+    found = []
+    for pixels in (images, images.transpose(0, 2, 1)):
+        rows = pixels[:, :, [-1, -2, 0, 1]].astype(np.float32)
+        found.append(_match(1.5 * rows[..., 0] - 0.5 * rows[..., 1], 1.5 * rows[..., 2] - 0.5 * rows[..., 3]))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def cut_off(validation: npt.NDArray[np.uint8], training: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Tell which validation tiles have a neighbour among the training tiles (`find_neighbours`).
+
+    Args:
+        validation: images, uint8 (tiles, height, width).
+        training: likewise.
+
+    Returns:
+        bool (validation tiles,).
+    """
+    pairs = find_neighbours(np.concatenate([validation, training]))
+    inside = pairs < len(validation)
+    found = np.zeros(len(validation), np.bool_)
+    found[pairs[inside & ~inside[:, ::-1]]] = True
+    return found
+
+
+class _Best(NamedTuple):
+    """Of each edge: who fits best, and at what distance (1 - correlation) the best and the second are."""
+
+    place: Ints
+    first: Floats
+    second: Floats
+
+
+def _match(ends: Floats, starts: Floats) -> Ints:
+    """Return the pairs (end, start) that are each other's best by a clear margin; edges (tiles, pixels)."""
+    ends, flat_ends = _standardise(ends)
+    starts, flat_starts = _standardise(starts)
+    forward = _nearest(ends, flat_ends, starts, flat_starts)
+    back = _nearest(starts, flat_starts, ends, flat_ends)
+    here = np.arange(len(ends))
+    second = np.minimum(forward.second, back.second[forward.place])
+    believed = (back.place[forward.place] == here) & (forward.first < MATCH_RATIO * second)
+    return np.asarray(np.stack([here, forward.place], axis=1)[believed], np.int64)
+
+
+def _standardise(edges: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Return edges of mean 0 and length 1, and which are too flat to be compared."""
+    edges = edges - edges.mean(axis=1, keepdims=True)
+    flat = edges.std(axis=1) < FLAT
+    return edges / np.maximum(np.linalg.norm(edges, axis=1, keepdims=True), 1e-6), flat
+
+
+def _nearest(
+    edges: Floats, flat: npt.NDArray[np.bool_], others: Floats, flat_others: npt.NDArray[np.bool_]
+) -> _Best:
+    """Find each edge's best partner; a flat edge is at distance 2 of all, as is a tile of itself."""
+    parts = []
+    for start in range(0, len(edges), _CHUNK):
+        here = slice(start, start + _CHUNK)
+        distance = 1 - edges[here] @ others.T
+        distance[flat[here]] = 2
+        distance[:, flat_others] = 2
+        rows = np.arange(len(distance))
+        distance[rows, start + rows] = 2
+        place = distance.argmin(axis=1)
+        first = distance[rows, place]
+        distance[rows, place] = 2
+        parts.append(_Best(place.astype(np.int64), first, distance.min(axis=1)))
+    return _Best(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -1,0 +1,102 @@
+"""What a search comes to: the best model with its postprocessing, in `best/`, and its submission."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from saltray.contest import submission
+from saltray.data import folds
+from saltray.data.folds import Data
+from saltray.prediction import bundle, inference, validation
+from saltray.records.study import best_trial, best_trials, checkpoints_of, lost_trial, own_trials, score
+from saltray.training import checkpoint
+
+EXAMPLES = 6
+"""Tiles of each group in the report's gallery."""
+
+
+def publish_best(
+    folder: Path, study: optuna.Study, data: Data, *, submit: bool
+) -> tuple[FrozenTrial, dict[str, Any]]:
+    """Choose the best model's postprocessing, and write its bundle and its submission.
+
+    Where the best trial's checkpoint is gone, its bundle of an earlier session stays, and the submission; and
+    where that never was, the best of the others is taken. Either is told.
+
+    Args:
+        folder: the run's.
+        study: the search's.
+        data: the run's tiles.
+        submit: whether to write `submission.csv`.
+
+    Returns:
+        The trial, and what is known of its model: the postprocessing, `validation_map` with it, `scores` by
+        threshold, `lone` (see `folds.lone_score`), and `lost` or `onnx_problem` in words.
+
+    Raises:
+        StudyError: no trial has a checkpoint.
+        CheckpointError: none of them can be read.
+    """
+    lost, words = lost_trial(study), {}
+    if lost is not None:
+        gone = f"trial {lost.number} scored {score(lost):.4f}, but {lost.user_attrs['checkpoint']} is gone"
+        if (known := _published(folder, lost)) is not None:
+            return lost, known | {"lost": f"{gone}: its model stays in best/ as it is"}
+        words["lost"] = f"{gone}: the best of the others is taken"
+    best, model = _stage(folder, study)
+    if "lost" not in words and (behind := _behind(study, best, model)):
+        words["lost"] = behind
+    chosen, scores, table = inference.calibrate(model, data.validation)
+    gallery = inference.illustrate(
+        model, data.validation, chosen, validation.choose_examples(table, EXAMPLES)
+    )
+    facts = asdict(chosen) | {"validation_map": scores[f"{chosen.threshold:.2f}"], "scores": scores}
+    facts |= folds.lone_score(data.training, data.validation, table)
+    tiles = bundle.describe_tiles(data.training.count(), table["coverage"])
+    bundle.add_metrics(model, {"trial": best.number, "tiles": tiles} | facts)
+    validation.write(folder, table, gallery)
+    if submit:
+        codes = inference.segment(model, data.test, chosen)
+        submission.write(folder / "submission.csv", data.ids, codes)
+    try:
+        bundle.export_onnx(model)
+    except bundle.ExportError as error:
+        words["onnx_problem"] = str(error)
+    bundle.write_card(model)
+    bundle.publish(model)
+    return best, facts | words
+
+
+def _stage(folder: Path, study: optuna.Study) -> tuple[FrozenTrial, Path]:
+    """Begin the bundle of the best checkpoint that can be read: a power loss may have left half of one."""
+    damaged: list[checkpoint.CheckpointError] = []
+    for trial in best_trials(study, len(own_trials(study))):
+        for place in checkpoints_of(study, trial):
+            try:
+                return trial, bundle.stage(folder, place)
+            except checkpoint.CheckpointError as error:
+                damaged.append(error)
+    raise damaged[0]
+
+
+def _behind(study: optuna.Study, taken: FrozenTrial, model: Path) -> str:
+    """Say where the weights that are taken are not those of the best score: these may be lost, or half."""
+    top, kept = best_trial(study), checkpoint.load_metrics(model).get("best_map", score(taken))
+    if kept >= score(top):
+        return ""
+    return (
+        f"trial {top.number} scored {score(top):.4f}, but no checkpoint of that can be read: trial "
+        f"{taken.number}'s of {kept:.4f} is taken"
+    )
+
+
+def _published(folder: Path, trial: FrozenTrial) -> dict[str, Any] | None:
+    """Return the metrics of a trial's model in `best/`; None where that is not its model, as it is now."""
+    try:
+        known = checkpoint.load_metrics(folder / "best")
+    except checkpoint.CheckpointError:
+        return None
+    return known if (known.get("trial"), known.get("best_map")) == (trial.number, score(trial)) else None

@@ -1,0 +1,1 @@
+"""One trial: its loop, its checkpoints, and how Ray Train runs it."""
