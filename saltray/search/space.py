@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,10 @@ def _check_first(space: Space) -> None:
                 warnings.simplefilter("error")
                 space.draw(trial)
         except Exception as error:
+            if absent := re.search(r"parameter '(.+)' is not found", str(error)):  # Optuna's words
+                raise SpaceError(
+                    f"{space.path}: FIRST lacks {absent[1]}, which space(trial) draws: add its value"
+                ) from None
             raise SpaceError(f"{space.path}: FIRST: {type(error).__name__}: {error}") from error
         if unknown := [name for name in first if name not in trial.params]:
             drawn = ", ".join(trial.params)

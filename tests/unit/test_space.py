@@ -49,7 +49,7 @@ def test_the_first_trial_is_the_seeds_configuration(name: str) -> None:
         ("def space(trial): return {'epochs': 3}", "--epochs"),
         ("def space(trial): return {'batch_size': trial.suggest_int('b', 3, 3)}", "2 workers"),
         ("def space(trial): return 1 / 0", "ZeroDivisionError"),
-        ("FIRST = {}\ndef space(trial): trial.suggest_int('n', 1, 2); return {}", "FIRST"),
+        ("FIRST = {}\ndef space(trial): trial.suggest_int('n', 1, 2); return {}", "FIRST lacks n"),
         (
             "FIRST = {'n': 1, 'nn': 2}\ndef space(trial): trial.suggest_int('n', 1, 2); return {}",
             "FIRST: nn is not drawn with the rest; drawn are n",
