@@ -23,6 +23,11 @@ LATE = {"then": "lovasz", "switch_at": 0.5}
 
 LOSSES: dict[str, Changes] = {
     "bce and dice": {"loss": "bce_dice"},
+    "bce and dice, then lovasz elu": {"loss": LATE | {"name": "bce_dice", "then": "lovasz_elu"}},
+    "bce and dice, clipped, one cycle": {
+        "loss": "bce_dice",
+        "optim": {"clip_norm": 1.0, "schedule": "one_cycle"},
+    },
     "focal": {"loss": "focal"},
     "lovasz from the start": {"loss": "lovasz"},
     "bce, then lovasz": {"loss": LATE},

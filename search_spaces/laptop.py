@@ -26,6 +26,7 @@ FIRST = [
         "hypercolumn": True,
         "deep_supervision": True,
         "depth": False,
+        "first_loss": "bce",
         "second_loss": "lovasz_elu",
         "switch_at": 0.4,
         "learning_rate": 2e-3,
@@ -41,11 +42,11 @@ FIRST = [
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
     """Draw a decoder, and how it and its encoder are trained."""
-    loss: dict[str, Any] = {}
+    loss: dict[str, Any] = {"name": trial.suggest_categorical("first_loss", ["bce", "bce_dice"])}
     second = trial.suggest_categorical("second_loss", ["none", "lovasz", "lovasz_elu"])
     if second != "none":
         # ASHA compares after 3, 9 and 27 epochs: of 24 to 50, either all trials are past the switch or none.
-        loss = {"then": second, "switch_at": trial.suggest_float("switch_at", 0.4, 0.5, step=0.1)}
+        loss |= {"then": second, "switch_at": trial.suggest_float("switch_at", 0.4, 0.5, step=0.1)}
     return {
         "model": {
             "encoder": trial.suggest_categorical("encoder", ["efficientnet_lite0", "efficientnet_lite2"]),

@@ -21,6 +21,7 @@ FIRST = {
     "deep_supervision": True,
     "depth": True,
     "upscale": 1,
+    "first_loss": "bce_dice",
     "second_loss": "lovasz_elu",
     "switch_at": 0.4,
     "learning_rate": 1e-3,
@@ -36,13 +37,13 @@ FIRST = {
 def space(trial: optuna.Trial) -> dict[str, Any]:
     """Draw an encoder, a decoder, and how they are trained."""
     encoders = [f"efficientnet_lite{i}" for i in range(3)]
-    loss: dict[str, Any] = {}
+    loss: dict[str, Any] = {"name": trial.suggest_categorical("first_loss", ["bce", "bce_dice"])}
     second = trial.suggest_categorical(
         "second_loss", ["none", "lovasz", "lovasz_elu", "lovasz_elu_symmetric"]
     )
     if second != "none":
         # ASHA compares after 3, 9 and 27 epochs: of 50 or 100, either all trials are past the switch or none.
-        loss = {"then": second, "switch_at": trial.suggest_float("switch_at", 0.3, 0.5, step=0.1)}
+        loss |= {"then": second, "switch_at": trial.suggest_float("switch_at", 0.3, 0.5, step=0.1)}
     return {
         "model": {
             "encoder": trial.suggest_categorical("encoder", encoders),
