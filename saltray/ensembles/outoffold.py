@@ -72,9 +72,9 @@ def count_snapshots(path: str) -> int:
 class Prober:
     """One actor's models, each by itself."""
 
-    def __init__(self, models: Models, threads: int) -> None:
+    def __init__(self, models: Models, threads: int, gpu: bool = True) -> None:
         """Build the models."""
-        self.predictors = [Predictor([model], threads) for model in inference.fetch(models)]
+        self.predictors = [Predictor([model], threads, gpu) for model in inference.fetch(models)]
 
     def __call__(self, batch: Batch) -> Batch:
         """Map labelled tiles to `probability`, uint8 (tiles, models, 2, h, w) without and with the mirrored
@@ -85,13 +85,16 @@ class Prober:
         return {"probability": probability, "truth": batch["mask"] > 0, "coverage": batch["coverage"]}
 
 
-def predict(parts: Sequence[ray.data.Dataset], candidates: Sequence[Candidate], seed: int) -> OutOfFold:
+def predict(
+    parts: Sequence[ray.data.Dataset], candidates: Sequence[Candidate], seed: int, gpus: bool = True
+) -> OutOfFold:
     """Let every candidate predict every part, by its model that never saw it.
 
     Args:
         parts: the labelled tiles by fold; one part alone is cross-fitted in `PARTS` of like coverage.
         candidates: with a source for each part.
         seed: of the cut of one part.
+        gpus: as for `inference.map_tiles`.
     """
     counts = [part.count() for part in parts]
     tiles = sum(counts)
@@ -100,7 +103,7 @@ def predict(parts: Sequence[ray.data.Dataset], candidates: Sequence[Candidate], 
     done = 0
     for fold, part in enumerate(parts):
         models = [load(candidate.sources[fold]) for candidate in candidates]
-        for batch in inference.map_tiles(Prober, models, part, {}).iter_batches(batch_size=None):
+        for batch in inference.map_tiles(Prober, models, part, {}, gpus).iter_batches(batch_size=None):
             given = cast(Batch, batch)
             if probability is None or truth is None:
                 shape = given["truth"].shape[1:]

@@ -47,16 +47,19 @@ def label(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.select(sure, [0, 1], IGNORED).astype(np.uint8)
 
 
-def label_tiles(test: ray.data.Dataset, models: Sequence[Model], most: int) -> ray.data.Dataset:
+def label_tiles(
+    test: ray.data.Dataset, models: Sequence[Model], most: int, gpus: bool = True
+) -> ray.data.Dataset:
     """Label test tiles by the mean of models; tiles that they are not sure of are left out.
 
     Args:
         test: decoded tiles.
         models: with their shares of the mean. For a fold's training they must not have seen the fold.
         most: tiles to return, the first that are sure.
+        gpus: as for `inference.map_tiles`.
 
     Returns:
         A materialized dataset of `folds.COLUMNS`, of 20 kB a tile in the object store.
     """
-    labelled: ray.data.Dataset = inference.map_tiles(Labeller, models, test, {}).materialize()
+    labelled: ray.data.Dataset = inference.map_tiles(Labeller, models, test, {}, gpus).materialize()
     return labelled.limit(most).materialize() if labelled.count() > most else labelled

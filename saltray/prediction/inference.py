@@ -65,9 +65,9 @@ _View = tuple[torch.Tensor, torch.Tensor | None, float]
 class Predictor:
     """One actor's models: map a batch of tiles to logits; the subclasses say what becomes of them."""
 
-    def __init__(self, models: Models, threads: int) -> None:
-        """Build the models on this actor's GPU, or on the CPU."""
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, models: Models, threads: int, gpu: bool = True) -> None:
+        """Build the models on this actor's GPU, where it may use one and there is one, or on the CPU."""
+        self.device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             cpu.use(threads)
         self.networks = [(*self._build(model), model.share) for model in fetch(models)]
@@ -140,9 +140,11 @@ class Calibrator(Predictor):
 class Segmenter(Predictor):
     """Writes each tile's mask as run-length code."""
 
-    def __init__(self, models: Models, threads: int, postprocessing: Postprocessing) -> None:
+    def __init__(
+        self, models: Models, threads: int, postprocessing: Postprocessing, gpu: bool = True
+    ) -> None:
         """Keep what makes masks of logits."""
-        super().__init__(models, threads)
+        super().__init__(models, threads, gpu)
         self.chosen = postprocessing
         self.cut = np.float32(metrics.logit(postprocessing.threshold))
 
@@ -190,9 +192,9 @@ class Calibration(NamedTuple):
     """Each tile's result under the choice, as `saltray.prediction.validation.tabulate` tells it."""
 
 
-def calibrate(folder: Path, tiles: ray.data.Dataset) -> Calibration:
-    """Choose what makes masks of a checkpoint's output, on validation tiles."""
-    parts = _map(Calibrator, load_models(folder), tiles, {})
+def calibrate(folder: Path, tiles: ray.data.Dataset, gpus: bool = True) -> Calibration:
+    """Choose what makes masks of a checkpoint's output, on validation tiles; `gpus` as for `map_tiles`."""
+    parts = _map(Calibrator, load_models(folder), tiles, {}, gpus)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     intersection, union, truth = (columns[name] for name in ("intersection", "union", "truth"))
     chosen, scores = metrics.choose_postprocessing(intersection, union, truth)
@@ -201,14 +203,18 @@ def calibrate(folder: Path, tiles: ray.data.Dataset) -> Calibration:
 
 
 def illustrate(
-    folder: Path, tiles: ray.data.Dataset, postprocessing: Postprocessing, examples: dict[str, list[str]]
+    folder: Path,
+    tiles: ray.data.Dataset,
+    postprocessing: Postprocessing,
+    examples: dict[str, list[str]],
+    gpus: bool = True,
 ) -> validation.Gallery:
     """Predict the gallery's tiles once more, and keep their pictures; `examples` are ids by group."""
     group = {tile: name for name, ids in examples.items() for tile in ids}
     if not group:
         return validation.no_gallery()
     few = tiles.filter(expr=col("id").is_in(list(group))).materialize()
-    parts = _map(Illustrator, load_models(folder), few, {"postprocessing": postprocessing})
+    parts = _map(Illustrator, load_models(folder), few, {"postprocessing": postprocessing}, gpus)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     place = {str(tile): i for i, tile in enumerate(columns["id"])}
     order = [place[tile] for tile in group]
@@ -221,43 +227,54 @@ def stored_postprocessing(folder: Path) -> Postprocessing:
     return Postprocessing.of(checkpoint.load_metrics(folder))
 
 
-def segment(folder: Path, tiles: ray.data.Dataset, postprocessing: Postprocessing) -> dict[str, str]:
+def segment(
+    folder: Path, tiles: ray.data.Dataset, postprocessing: Postprocessing, gpus: bool = True
+) -> dict[str, str]:
     """Segment tiles with a checkpoint's model, or with an ensemble: run-length codes by id."""
     codes: dict[str, str] = {}
-    for batch in _map(Segmenter, load_models(folder), tiles, {"postprocessing": postprocessing}):
+    for batch in _map(Segmenter, load_models(folder), tiles, {"postprocessing": postprocessing}, gpus):
         codes |= dict(zip(map(str, batch["id"]), map(str, batch["rle"]), strict=True))
     return codes
 
 
 def _map(
-    predictor: type[Predictor], models: Sequence[Model], tiles: ray.data.Dataset, more: dict[str, Any]
+    predictor: type[Predictor],
+    models: Sequence[Model],
+    tiles: ray.data.Dataset,
+    more: dict[str, Any],
+    gpus: bool,
 ) -> list[Batch]:
     """Map a predictor over the tiles; return all batches."""
-    mapped = map_tiles(predictor, models, tiles, more)
+    mapped = map_tiles(predictor, models, tiles, more, gpus)
     return [cast(Batch, batch) for batch in mapped.iter_batches(batch_size=None)]
 
 
 def map_tiles(
-    predictor: type, models: Sequence[Model], tiles: ray.data.Dataset, more: dict[str, Any]
+    predictor: type,
+    models: Sequence[Model],
+    tiles: ray.data.Dataset,
+    more: dict[str, Any],
+    gpus: bool = True,
 ) -> ray.data.Dataset:
     """Map a predictor over the tiles on a pool of actors that fills the cluster.
 
     Args:
-        predictor: a class of callables, batch -> batch, made with `models`, `threads` and what is in `more`.
+        predictor: a class of callables, batch -> batch, made with `models`, `threads`, `gpu` and `more`.
         models: all in each actor; the object store holds them once a machine.
         tiles: what to map.
         more: further arguments.
+        gpus: whether the cluster's GPUs may be used, where there are any.
     """
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = int(resources.get("GPU", 0))
-    actors = gpus or max(1, int(resources.get("CPU", 1)))
+    count = int(resources.get("GPU", 0)) if gpus else 0
+    actors = count or max(1, int(resources.get("CPU", 1)))
     # One that starts for fewer tiles takes longer to start than it saves.
     actors = max(1, min(actors, tiles.count() // FEWEST))
     return tiles.map_batches(
         predictor,
-        batch_size=BATCH if gpus else CPU_BATCH,
-        fn_constructor_kwargs={"models": ray.put(models), "threads": 1, **more},
+        batch_size=BATCH if count else CPU_BATCH,
+        fn_constructor_kwargs={"models": ray.put(models), "threads": 1, "gpu": count > 0, **more},
         compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=None if gpus else 1,
-        num_gpus=1 if gpus else None,
+        num_cpus=None if count else 1,
+        num_gpus=1 if count else None,
     )

@@ -19,7 +19,7 @@ EXAMPLES = 6
 
 
 def publish_best(
-    folder: Path, study: optuna.Study, data: Data, *, submit: bool
+    folder: Path, study: optuna.Study, data: Data, *, submit: bool, gpus: bool
 ) -> tuple[FrozenTrial, dict[str, Any]]:
     """Choose the best model's postprocessing, and write its bundle and its submission.
 
@@ -31,6 +31,7 @@ def publish_best(
         study: the search's.
         data: the run's tiles.
         submit: whether to write `submission.csv`.
+        gpus: whether to predict on GPUs, where there are any.
 
     Returns:
         The trial, and what is known of its model: the postprocessing, `validation_map` with it, `scores` by
@@ -49,9 +50,9 @@ def publish_best(
     best, model = _stage(folder, study)
     if "lost" not in words and (behind := _behind(study, best, model)):
         words["lost"] = behind
-    chosen, scores, table = inference.calibrate(model, data.validation)
+    chosen, scores, table = inference.calibrate(model, data.validation, gpus)
     gallery = inference.illustrate(
-        model, data.validation, chosen, validation.choose_examples(table, EXAMPLES)
+        model, data.validation, chosen, validation.choose_examples(table, EXAMPLES), gpus
     )
     facts = asdict(chosen) | {"validation_map": scores[f"{chosen.threshold:.2f}"], "scores": scores}
     facts |= folds.lone_score(data.training, data.validation, table)
@@ -59,7 +60,7 @@ def publish_best(
     bundle.add_metrics(model, {"trial": best.number, "tiles": tiles} | facts)
     validation.write(folder, table, gallery)
     if submit:
-        codes = inference.segment(model, data.test, chosen)
+        codes = inference.segment(model, data.test, chosen, gpus)
         submission.write(folder / "submission.csv", data.ids, codes)
     try:
         bundle.export_onnx(model)

@@ -100,6 +100,11 @@ class Settings(SearchConfig):
         return self.folds is not None or self.ensemble is not None
 
     @property
+    def gpus(self) -> bool:
+        """Whether GPUs may be used, where there are any."""
+        return self.gpus_per_trial != 0
+
+    @property
     def extent(self) -> str:
         """How far the search goes at most, in words."""
         return f"{counted(self.trials, 'trial')} of up to {counted(self.epochs, 'epoch')}"
@@ -271,9 +276,17 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """Return the commit of saltray's own checkout, with a mark where it was changed."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    checkout = Path(__file__).parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        # Installed in an environment that lies in somebody's repository, it would tell that one's commit.
+        if not Path(git("rev-parse", "--show-toplevel")).samefile(checkout):
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -251,6 +251,19 @@ def own_trials(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if "adopted" not in t.user_attrs]
 
 
+def nondominated(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the Pareto front: the run's own complete trials that no other beats in one value and equals in the rest.
+
+    Not Optuna's `best_trials`: a warm start's speeds are of another machine, or of other trials beside it.
+    """
+    complete = [t for t in own_trials(study) if t.state == TrialState.COMPLETE]
+
+    def beats(a: FrozenTrial, b: FrozenTrial) -> bool:
+        return a.values != b.values and all(x >= y for x, y in zip(a.values, b.values, strict=True))
+
+    return [t for t in complete if not any(beats(other, t) for other in complete)]
+
+
 def count(study: optuna.Study) -> Counts:
     """Count a study's own trials by what became of them; a running one waits for the next session."""
     own = own_trials(study)

@@ -19,7 +19,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 from plotly.subplots import make_subplots
 
-from saltray.records.study import epochs_of, score
+from saltray.records.study import epochs_of, nondominated, score
 from saltray.reporting.page import BLUE, GREEN, INK, ORANGE, SKY, VERMILION
 
 MAP = "validation mAP (0 to 1)"
@@ -244,7 +244,7 @@ def _slice(trials: Sequence[FrozenTrial], name: str) -> go.Figure:
 def pareto_front(study: optuna.Study, trials: Sequence[FrozenTrial]) -> go.Figure:
     """Draw the complete trials of a study of two objectives; a line joins what nothing beats in both."""
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    numbers = {t.number for t in study.best_trials}
+    numbers = {t.number for t in nondominated(study)}
     front = sorted((t for t in complete if t.number in numbers), key=lambda t: t.values)
     others = [t for t in complete if t.number not in numbers]
     figure = go.Figure()

@@ -182,7 +182,7 @@ def _choose(job: Job, parts: Sequence[ray.data.Dataset], candidates: list[Candid
     """Let the candidates predict what they have not seen, and choose of them."""
     log = job.mirror.home.folder / "logs" / "predict.log"
     with job.console.status("choosing the ensemble"), connection.quiet(log):
-        known = outoffold.predict(parts, candidates, job.settings.seed)
+        known = outoffold.predict(parts, candidates, job.settings.seed, job.settings.gpus)
         return Chosen(candidates, ensemble.choose(known))
 
 
@@ -234,7 +234,7 @@ def _pseudo_refits(
         others = [folds.others(parts, fold) for fold in range(len(parts))]
         # No more than were labelled by hand: the contest's 18,000 test tiles would outvote those.
         labelled = [
-            label_for(fold, job.data.test, candidates, picks, tiles.count())
+            label_for(fold, job.data.test, candidates, picks, tiles.count(), job.settings.gpus)
             for fold, (tiles, picks) in enumerate(zip(others, chosen_by[1:], strict=True))
         ]
         training = [folds.join([*pair]) for pair in zip(others, labelled, strict=True)]
@@ -249,7 +249,12 @@ def _pseudo_refits(
 
 
 def label_for(
-    fold: int, test: ray.data.Dataset, candidates: Sequence[Candidate], picks: Sequence[int], most: int
+    fold: int,
+    test: ray.data.Dataset,
+    candidates: Sequence[Candidate],
+    picks: Sequence[int],
+    most: int,
+    gpus: bool = True,
 ) -> ray.data.Dataset:
     """Label test tiles for a fold's training, by models that never saw it.
 
@@ -259,13 +264,14 @@ def label_for(
         candidates: with a model for each fold.
         picks: how often each was taken by a choice that knows nothing of the fold.
         most: tiles to return.
+        gpus: as for `inference.map_tiles`.
     """
     models = [
         outoffold.load(candidate.sources[fold], times / sum(picks))
         for candidate, times in zip(candidates, picks, strict=True)
         if times
     ]
-    return pseudo.label_tiles(test, models, most)
+    return pseudo.label_tiles(test, models, most, gpus)
 
 
 def describe(job: Job, chosen: Chosen) -> dict[str, Any]:
@@ -298,7 +304,7 @@ def _publish(job: Job, chosen: Chosen, facts: dict[str, Any]) -> dict[str, Any]:
     ]
     known = {**describe(job, chosen), **facts, "models": len(models)}
     fresh = ensemble_bundle.stage(folder, models, selection.chosen, known)
-    codes = inference.segment(fresh, job.data.test, selection.chosen)
+    codes = inference.segment(fresh, job.data.test, selection.chosen, job.settings.gpus)
     ensemble_bundle.write_card(fresh)
     # The folder first: a submission is never of an ensemble that is not there.
     publish(fresh)

@@ -287,7 +287,7 @@ def _search_and_predict(
     with console.status("predicting"), connection.quiet(folder / "logs" / "predict.log"):
         # A submission that an ensemble has written stays until the next ensemble is there.
         submit = not (folder / ensemble_bundle.FOLDER).exists()
-        best, facts = outcome.publish_best(folder, study, data, submit=submit)
+        best, facts = outcome.publish_best(folder, study, data, submit=submit, gpus=settings.gpus)
         tracking.log_best(study, folder / "best", {k: facts[k] for k in ("threshold", "validation_map")})
     problem: Exception | None = None
     if settings.blends:

@@ -13,7 +13,7 @@ from saltray.contest import submission
 from saltray.contest.metrics import Postprocessing
 from saltray.data.folds import Data
 from saltray.records import connection, run, storage
-from saltray.records.study import count, objective_of, own_trials, score
+from saltray.records.study import count, nondominated, objective_of, own_trials, score
 from saltray.search.plan import Plan
 from saltray.sessions import blend
 from saltray.sessions.view import text
@@ -93,7 +93,7 @@ def tell_end(
     ended = f"{counts.complete} complete, {counts.pruned} stopped early, {counts.failed} failed"
     lines["trials"] = ended + waiting
     if objective_of(study) == "map+speed":
-        front = sorted(study.best_trials, key=lambda t: -t.values[0])
+        front = sorted(nondominated(study), key=lambda t: -t.values[0])
         lines["Pareto front"] = "\n".join(
             f"trial {t.number}: mAP {t.values[0]:.4f} at {t.values[1]:.0f} tiles/s" for t in front
         ).replace("\n", "\n" + " " * 16)

@@ -72,7 +72,7 @@ def test_the_best_model_stays_published_where_its_checkpoint_is_gone(
     bundle.add_metrics(fresh, {"trial": 1, "threshold": 0.4, "validation_map": 0.85})
     bundle.publish(fresh)
     (tmp_path / "trials/session-01/0001").rename(tmp_path / "made room")
-    best, facts = outcome.publish_best(tmp_path, study, NOTHING, submit=True)
+    best, facts = outcome.publish_best(tmp_path, study, NOTHING, submit=True, gpus=True)
     assert best.number == 1 and facts["validation_map"] == 0.85
     assert "trial 1 scored 0.8000" in facts["lost"] and "stays in best/" in facts["lost"]
     bundle.add_metrics(tmp_path / "best", {"trial": 0})  # another's, or none, is not

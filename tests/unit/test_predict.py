@@ -1,9 +1,11 @@
 """What `saltray.predict` does without Ray: what it asks of the tiles, and what its actors make of them."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from saltray import demo, predict
@@ -81,6 +83,23 @@ def test_a_model_that_ignores_the_depth_predicts_tiles_without_one(data: Path, t
     np.testing.assert_array_equal(
         logits, predictor.logits(tiles | {"z": np.full(4, 500, np.float32)}, tta=True)
     )
+
+
+@pytest.mark.parametrize(("gpus", "actors", "asked"), [(True, 2, (None, 1)), (False, 4, (1, None))])
+def test_gpus_are_left_alone_where_they_may_not_be_used(
+    gpus: bool, actors: int, asked: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    monkeypatch.setattr(ray, "put", lambda models: models)
+    tiles = Mock(count=lambda: 10_000)
+    inference.map_tiles(inference.Calibrator, [], tiles, {}, gpus)
+    given = tiles.map_batches.call_args.kwargs
+    assert (given["num_cpus"], given["num_gpus"]) == asked
+    assert given["compute"].min_size == actors
+    assert given["fn_constructor_kwargs"]["gpu"] is gpus
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device = inference.Predictor([], 1, gpu=gpus).device
+    assert device.type == ("cuda" if gpus else "cpu")
 
 
 def test_a_run_without_a_model_is_told_from_no_run(data: Path, tmp_path: Path) -> None:

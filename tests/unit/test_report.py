@@ -17,7 +17,7 @@ from saltray.config import Split, UserError
 from saltray.data.splitting import NEIGHBOURS
 from saltray.prediction import validation
 from saltray.records import connection, run, storage
-from saltray.records.study import load_study, score
+from saltray.records.study import load_study, nondominated, score
 from saltray.reporting import sections, tile_figures, trial_figures
 from tests.runs import START, make_run, make_trial
 from tests.unit.contrast import LEAST, contrasts
@@ -234,6 +234,14 @@ def test_the_pareto_front_holds_what_nothing_beats_in_both() -> None:
     for point in beaten | front:
         better = [p for p in beaten | front if p != point and p[0] >= point[0] and p[1] >= point[1]]
         assert (point in front) == (not better)
+
+
+def test_the_front_knows_nothing_of_another_runs_speeds() -> None:
+    study = optuna.create_study(directions=["maximize", "maximize"])
+    other = make_trial(TrialState.COMPLETE, [0.9], values=[0.9, 900.0])
+    other.set_user_attr("adopted", "runs/before")
+    study.add_trials([other, make_trial(TrialState.COMPLETE, [0.5], values=[0.5, 50.0])])
+    assert [t.number for t in nondominated(study)] == [1]
 
 
 def test_a_run_without_salt_or_depth_has_a_report(tmp_path: Path, trials: list[FrozenTrial]) -> None:

@@ -1,5 +1,7 @@
 import json
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,22 @@ def test_readers_take_what_a_session_here_works_on_as_it_is(
         with pytest.raises(run.UnderWay):
             run.fetch(storage.home(uri))  # to go on with it
     assert (folder / "run.json").read_bytes() == newest != (bucket / "run.json").read_bytes()
+
+
+def test_the_commit_is_saltrays_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+
+    module = tmp_path / "env" / "saltray" / "records" / "run.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    git("init", "-q")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "-m", "somebody's work")
+    monkeypatch.setattr(run, "__file__", str(module))
+    assert run.environment()["commit"] is None
+    shutil.move(tmp_path / ".git", tmp_path / "env" / ".git")
+    assert run.environment()["commit"]
 
 
 def test_sessions_of_two_machines_are_never_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
