@@ -51,7 +51,7 @@ GROUPS = {
 
 def run_group(name: str) -> table.Rows:
     """Measure a group in a process of its own; a failure is a row that says why."""
-    from saltray.records.connection import SETTINGS
+    from saltray.connection import SETTINGS
 
     with tempfile.TemporaryDirectory(prefix="speed-", ignore_cleanup_errors=True) as scratch:
         out, log = Path(scratch) / "rows.json", Path(scratch) / "log"
@@ -114,8 +114,8 @@ def main(
         return
     import torch
 
+    from saltray.network import cpu
     from saltray.records import run
-    from saltray.training import cpu
 
     # Ended like an interrupted one: the group under way ends too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -25,15 +25,17 @@ import torch
 import typer
 
 from benchmarks import techniques
+from saltray import connection
 from saltray.cli import run_program
 from saltray.config import TrialConfig, UserError
 from saltray.contest import metrics
 from saltray.data import dataset, splitting, stream
 from saltray.data.augment import Batch
-from saltray.prediction import inference
-from saltray.records import connection, run
+from saltray.network import cpu
+from saltray.prediction import inference, postprocessing
+from saltray.records import run
 from saltray.search.plan import Plan, plan
-from saltray.training import cpu, loop
+from saltray.training import loop
 from saltray.training.trial import DATA_SHARE, EVALUATION_BATCH, WorkerResources
 
 Run = dict[str, Any]
@@ -92,7 +94,7 @@ def cross_chosen(folder: Path, tiles: ray.data.Dataset) -> Run:
     batches = tiles.iter_batches(batch_size=EVALUATION_BATCH)
     parts = [calibrator(cast(Batch, batch)) for batch in batches]
     counts = [np.concatenate([p[name] for p in parts]) for name in ("intersection", "union", "truth")]
-    middle = metrics.PROBABILITIES.index(0.5)
+    middle = postprocessing.PROBABILITIES.index(0.5)
     scores: Run = {"plain": float(metrics.precision(counts[0][:, 0, middle], counts[1][:, 0, middle]).mean())}
     half = np.arange(len(counts[2])) % 2
     found: dict[str, list[float]] = {"threshold": [], "mirrored": [], "chosen": []}
@@ -101,8 +103,8 @@ def cross_chosen(folder: Path, tiles: ray.data.Dataset) -> Run:
         for name, view in (("threshold", 0), ("mirrored", 1)):
             best = int(metrics.precision(here[0][:, view], here[1][:, view]).mean(axis=0).argmax())
             found[name] += metrics.precision(there[0][:, view, best], there[1][:, view, best]).tolist()
-        chosen, _ = metrics.choose_postprocessing(*here)
-        found["chosen"] += metrics.precision(*metrics.apply_postprocessing(chosen, *there)).tolist()
+        chosen, _ = postprocessing.choose(*here)
+        found["chosen"] += metrics.precision(*postprocessing.apply(chosen, *there)).tolist()
     return scores | {name: statistics.fmean(values) for name, values in found.items()}
 
 

@@ -18,9 +18,9 @@ from ray.cluster_utils import Cluster
 from benchmarks import folders
 from benchmarks.memory import own_memory
 from benchmarks.rows import Row, at_most
+from saltray import connection
 from saltray.config import AugmentConfig
 from saltray.data import dataset, stream
-from saltray.records import connection
 
 TILES = 800
 TIMES = (1, 10, 100)

@@ -10,9 +10,9 @@ from torch import nn
 from benchmarks.peers import Arrays, seed_config, synthetic
 from benchmarks.rows import Row, at_least, interleaved, median
 from benchmarks.training import dataset, train_on_ray
+from saltray import connection
 from saltray.config import TrialConfig
 from saltray.network.model import build_model
-from saltray.records import connection
 from saltray.search import packing
 from saltray.training.trial import WorkerResources
 

@@ -15,8 +15,8 @@ from benchmarks.peers import synthetic
 from benchmarks.rows import Row, at_most
 from benchmarks.searches import run_here, share
 from benchmarks.trials import space
+from saltray import connection
 from saltray.config import SearchConfig
-from saltray.records import connection
 from saltray.search.plan import Plan
 from saltray.training.trial import WorkerResources
 

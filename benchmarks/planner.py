@@ -21,10 +21,11 @@ import typer
 from ray import tune
 from rich.console import Console
 
+from saltray import connection
 from saltray.cli import run_program
 from saltray.config import TILE, SearchConfig, TrialConfig
 from saltray.network.model import EncoderDecoder
-from saltray.records import connection, run
+from saltray.records import run
 from saltray.records.study import Place, create_study
 from saltray.search import search
 from saltray.search.plan import Plan
@@ -47,7 +48,7 @@ NFS_MB, S3_MB = 110.0, 1000.0
 
 
 class Share(NamedTuple):
-    """`trial.WorkerResources` without torch behind it: 64 actors have to fit into the memory."""
+    """Stands for `saltray.training.trial.WorkerResources`, without torch: 64 actors have to fit into memory."""
 
     workers: int = 1
     cpus: float = 1.0

@@ -11,8 +11,8 @@ from ray import tune
 
 from benchmarks.peers import Arrays
 from benchmarks.training import dataset
+from saltray import connection
 from saltray.config import SearchConfig
-from saltray.records import connection
 from saltray.records.study import Place, create_study
 from saltray.search import search
 from saltray.search.plan import Plan, plan

@@ -9,8 +9,8 @@ import torch
 from benchmarks.peers import Arrays, PlainLoop, synthetic
 from benchmarks.rows import Row, at_most, interleaved, median
 from benchmarks.searches import plan_here, run_here, share
+from saltray import connection
 from saltray.config import SearchConfig, TrialConfig
-from saltray.records import connection
 
 TRIALS, EPOCHS, CPUS = 20, 2, 2
 TRAINING, VALIDATION = 192, 64

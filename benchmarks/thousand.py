@@ -18,8 +18,8 @@ from ray import tune
 
 from benchmarks.rows import Row, at_most, median, seconds
 from benchmarks.searches import run_here
+from saltray import connection
 from saltray.config import SearchConfig
-from saltray.records import connection
 from saltray.records.study import Place, create_study
 from saltray.search import search
 from saltray.search.plan import Plan

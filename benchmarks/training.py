@@ -14,10 +14,10 @@ from ray.data.extensions import ArrowTensorArray
 
 from benchmarks.peers import Arrays, PlainLoop, seed_config, synthetic
 from benchmarks.rows import Goal, Row, at_least, interleaved, median
+from saltray import connection
 from saltray.config import TrialConfig
 from saltray.data import stream
-from saltray.records import connection
-from saltray.training import cpu
+from saltray.network import cpu
 from saltray.training.loop import fit
 from saltray.training.trial import DATA_SHARE, EVALUATION_BATCH
 

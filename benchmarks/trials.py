@@ -8,8 +8,8 @@ import optuna
 from benchmarks.peers import synthetic
 from benchmarks.rows import Row, at_most, median
 from benchmarks.searches import Clock, plan_here, run_here, share
+from saltray import connection
 from saltray.config import SearchConfig
-from saltray.records import connection
 
 TRAINING, VALIDATION = 64, 32
 TRIALS = 12

@@ -14,8 +14,8 @@ from benchmarks import trials
 from benchmarks.peers import Arrays, synthetic
 from benchmarks.rows import Row
 from benchmarks.searches import Clock, plan_here, run_here, share
+from saltray import connection
 from saltray.config import SearchConfig
-from saltray.records import connection
 
 MACHINES = 4
 EPOCHS, SETTLE = 4, 1

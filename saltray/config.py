@@ -72,7 +72,7 @@ class _Frozen(BaseModel):
 
 
 class ModelConfig(_Frozen):
-    """The network: one encoder-decoder, built of plain or of residual convolutions (`network.model`)."""
+    """The network: an encoder-decoder of plain or of residual convolutions (`saltray.network.model`)."""
 
     architecture: Literal["unet", "resunet"] = "unet"
     """What a level is made of: two convolutions, or one and then residual blocks."""

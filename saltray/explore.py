@@ -17,7 +17,8 @@ def main(
     """Write a report of the data: its salt, depths, odd tiles and split, as one HTML file."""
     file = NewFile(out)
     # Heavy imports wait until they are needed, so that --help answers at once.
-    from saltray.reporting import data_page, survey
+    from saltray.data import survey
+    from saltray.reporting import data_page
 
     uri = located(data)
     tiles = survey.read(uri, seed, split)

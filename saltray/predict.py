@@ -27,11 +27,12 @@ def main(
         raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
     file = NewFile(out)
     prepare_to_join(address)
+    from saltray import connection
     from saltray.contest import submission
     from saltray.data import dataset
-    from saltray.prediction import inference
-    from saltray.records import connection, run
-    from saltray.training import checkpoint, members
+    from saltray.prediction import inference, members
+    from saltray.records import run
+    from saltray.training import checkpoint
 
     place = run.fetched(located(model))
     folder = next((place / name for name in ("ensemble", "best") if (place / name).is_dir()), place)

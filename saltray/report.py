@@ -27,7 +27,8 @@ def main(
 ) -> None:
     """Write the report of a search: one HTML file that opens offline."""
     file = NewFile(out) if out else None
-    from saltray.records import connection, run, storage
+    from saltray import connection
+    from saltray.records import run, storage
     from saltray.reporting import findings, sections
 
     home = storage.home(located(place))

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from saltray.config import DEBUG, Objective
 from saltray.contest import metrics
 from saltray.network.model import build_model
-from saltray.prediction import validation
+from saltray.prediction import postprocessing, validation
 from saltray.records.study import Place, create_study
 from saltray.training import checkpoint
 
@@ -108,6 +108,6 @@ def _predict(folder: Path) -> None:
     }
     validation.write(folder, table, gallery)
     (folder / "best").mkdir()
-    scores = {f"{p:.2f}": 0.7 - abs(p - 0.5) for p in metrics.PROBABILITIES}
+    scores = {f"{p:.2f}": 0.7 - abs(p - 0.5) for p in postprocessing.PROBABILITIES}
     facts = {"trial": 0, "threshold": 0.5, "validation_map": 0.7, "scores": scores, "best_map": 0.7}
     checkpoint.save(folder / "best", build_model(DEBUG.model).state_dict(), DEBUG, facts)

@@ -9,7 +9,6 @@ import numpy.typing as npt
 import pandas as pd
 import ray.data
 
-from saltray.data import splitting
 from saltray.data.augment import Batch
 from saltray.data.dataset import TILES_PER_BLOCK
 
@@ -64,28 +63,6 @@ def gather(tiles: ray.data.Dataset, *names: str) -> list[npt.NDArray[Any]]:
     """Return columns of a dataset whole, each in an array of this process."""
     parts = list(tiles.select_columns([*names]).iter_batches(batch_size=None))
     return [np.concatenate([part[name] for part in parts]) for name in names]
-
-
-def lone_score(
-    training: ray.data.Dataset, validated: ray.data.Dataset, table: pd.DataFrame
-) -> dict[str, Any]:
-    """Score the validation tiles that have no neighbour in training, whose scores nothing flatters.
-
-    Args:
-        training: tiles.
-        validated: tiles.
-        table: their results, as `validation.tabulate` makes it.
-
-    Returns:
-        `lone`, their number `tiles` and their mean score `map`; nothing where all or none are so, or where
-        there are more than `splitting.MOST_COMPARED` tiles.
-    """
-    if training.count() + validated.count() > splitting.MOST_COMPARED:
-        return {}
-    ids, images = gather(validated, "id", "image")
-    cut = ids[splitting.cut_off(images, *gather(training, "image"))]
-    alone = table["precision"][~table["id"].isin(cut)]
-    return {"lone": {"tiles": len(alone), "map": float(alone.mean())}} if len(cut) and len(alone) else {}
 
 
 def _take(batch: Batch, rows: npt.NDArray[np.int64]) -> Batch:

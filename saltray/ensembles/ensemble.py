@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from saltray.contest import metrics
-from saltray.contest.metrics import Postprocessing
+from saltray.prediction import postprocessing
+from saltray.prediction.postprocessing import Postprocessing
 
 MOST_PICKS = 100
 """Where the selection ends at the latest; the sums of so many probabilities of 255 fit in uint16."""
@@ -101,12 +102,12 @@ def choose(known: OutOfFold) -> Selection:
     for inside in folds:
         picks, _ = select(scores, number, ~inside)
         intersection, union = counts(picks)
-        chosen, _ = metrics.choose_postprocessing(intersection[~inside], union[~inside], salt[~inside])
-        kept = metrics.apply_postprocessing(chosen, intersection[inside], union[inside], salt[inside])
+        chosen, _ = postprocessing.choose(intersection[~inside], union[~inside], salt[~inside])
+        kept = postprocessing.apply(chosen, intersection[inside], union[inside], salt[inside])
         by_fold.append(float(metrics.precision(*kept).mean()))
         picks_by_fold.append(picks)
     picks, path = select(scores, number, np.ones(len(salt), bool))
-    chosen, by_threshold = metrics.choose_postprocessing(*counts(picks), salt)
+    chosen, by_threshold = postprocessing.choose(*counts(picks), salt)
     alone = [_add((0,) * number, candidate) for candidate in range(number)]
     return Selection(
         picks,
@@ -159,8 +160,8 @@ def tile_scores(known: OutOfFold, picks: Picks) -> npt.NDArray[np.float64]:
 
 
 def overlaps(known: OutOfFold, picks: Picks) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Count intersections and unions for `metrics.choose_postprocessing`: both (tiles, 2, thresholds)."""
-    cuts = 255 * sum(picks) * np.array(metrics.PROBABILITIES)
+    """Count intersections and unions for `postprocessing.choose`: both (tiles, 2, thresholds)."""
+    cuts = 255 * sum(picks) * np.array(postprocessing.PROBABILITIES)
     # A sum's bin is how many of the rising thresholds it exceeds: one histogram serves them all.
     bins = (np.arange(255 * sum(picks) + 1)[:, None] > cuts).sum(axis=1)
     size = len(cuts) + 1

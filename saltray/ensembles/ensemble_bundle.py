@@ -1,4 +1,4 @@
-"""The ensemble's bundle: `ensemble/`, made as `best/` is (`prediction.bundle`), read by `members`."""
+"""The ensemble's bundle: `ensemble/`, made as `best/` (`saltray.prediction.bundle`); `members` there reads it."""
 
 import json
 from collections.abc import Sequence
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from saltray.config import TrialConfig
-from saltray.contest.metrics import Postprocessing
+from saltray.prediction import members
 from saltray.prediction.bundle import CARD, LIMITS, METRIC, ORIGIN, begin, origin_of
 from saltray.prediction.inference import Model, stored_postprocessing
-from saltray.training import checkpoint, members
+from saltray.prediction.postprocessing import Postprocessing
+from saltray.training import checkpoint
 
 FOLDER = "ensemble"
 """In a run's."""

@@ -11,9 +11,8 @@ import numpy.typing as npt
 import ray.data
 
 from saltray.config import IGNORED
-from saltray.contest import metrics
 from saltray.data.augment import Batch
-from saltray.prediction import inference
+from saltray.prediction import inference, postprocessing
 from saltray.prediction.inference import Model, Predictor
 
 NO_SALT, SALT = 0.05, 0.95
@@ -43,7 +42,7 @@ class Labeller(Predictor):
 
 def label(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Map logits of any shape to labels of that shape: 0 no salt, 1 salt, `IGNORED` not sure."""
-    sure = [logits < metrics.logit(NO_SALT), logits > metrics.logit(SALT)]
+    sure = [logits < postprocessing.logit(NO_SALT), logits > postprocessing.logit(SALT)]
     return np.select(sure, [0, 1], IGNORED).astype(np.uint8)
 
 

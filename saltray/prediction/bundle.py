@@ -22,10 +22,10 @@ import torch
 from ray.train import Checkpoint
 
 from saltray.config import TILE, Split, TrialConfig, UserError
-from saltray.contest.metrics import Postprocessing, logit
 from saltray.data.splitting import NEIGHBOURS
 from saltray.network.model import count_parameters
 from saltray.prediction.inference import stored_postprocessing
+from saltray.prediction.postprocessing import Postprocessing, logit
 from saltray.records import run
 from saltray.training import checkpoint
 

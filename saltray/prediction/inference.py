@@ -13,13 +13,13 @@ import torch
 from ray.data.expressions import col
 
 from saltray.config import TrialConfig
-from saltray.contest import metrics, rle
-from saltray.contest.metrics import Postprocessing
+from saltray.contest import rle
 from saltray.data.augment import Batch
-from saltray.network.model import EncoderDecoder, build_model
-from saltray.prediction import validation
-from saltray.training import checkpoint, cpu, members
-from saltray.training.loop import autocast_dtype, to_input
+from saltray.network import cpu
+from saltray.network.model import EncoderDecoder, autocast_dtype, build_model, to_input
+from saltray.prediction import members, postprocessing, validation
+from saltray.prediction.postprocessing import Postprocessing
+from saltray.training import checkpoint
 
 BATCH, CPU_BATCH = 128, 32
 """Tiles that an actor predicts at once, on a GPU and on a CPU, where more take memory and bring nothing."""
@@ -125,9 +125,9 @@ class Calibrator(Predictor):
     """Counts overlaps at every candidate threshold, so that no prediction has to travel."""
 
     def __call__(self, batch: Batch) -> Batch:
-        """Map tiles to the arguments of `metrics.choose_postprocessing`; `id` and `z` are passed on."""
+        """Map tiles to the arguments of `postprocessing.choose`; `id` and `z` are passed on."""
         truth = batch["mask"] > 0
-        counts = [metrics.overlap_by_threshold(y, truth) for y in self.logits_of_both(batch)]
+        counts = [postprocessing.overlap_by_threshold(y, truth) for y in self.logits_of_both(batch)]
         return {
             "id": batch["id"],
             "z": batch["z"],
@@ -140,13 +140,11 @@ class Calibrator(Predictor):
 class Segmenter(Predictor):
     """Writes each tile's mask as run-length code."""
 
-    def __init__(
-        self, models: Models, threads: int, postprocessing: Postprocessing, gpu: bool = True
-    ) -> None:
+    def __init__(self, models: Models, threads: int, chosen: Postprocessing, gpu: bool = True) -> None:
         """Keep what makes masks of logits."""
         super().__init__(models, threads, gpu)
-        self.chosen = postprocessing
-        self.cut = np.float32(metrics.logit(postprocessing.threshold))
+        self.chosen = chosen
+        self.cut = np.float32(postprocessing.logit(chosen.threshold))
 
     def masks(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
         """Map logits to masks of the same shape (tiles, h, w)."""
@@ -197,15 +195,15 @@ def calibrate(folder: Path, tiles: ray.data.Dataset, gpus: bool = True) -> Calib
     parts = _map(Calibrator, load_models(folder), tiles, {}, gpus)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     intersection, union, truth = (columns[name] for name in ("intersection", "union", "truth"))
-    chosen, scores = metrics.choose_postprocessing(intersection, union, truth)
-    counts = metrics.apply_postprocessing(chosen, intersection, union, truth)
+    chosen, scores = postprocessing.choose(intersection, union, truth)
+    counts = postprocessing.apply(chosen, intersection, union, truth)
     return Calibration(chosen, scores, validation.tabulate(columns["id"], truth, *counts, columns["z"]))
 
 
 def illustrate(
     folder: Path,
     tiles: ray.data.Dataset,
-    postprocessing: Postprocessing,
+    chosen: Postprocessing,
     examples: dict[str, list[str]],
     gpus: bool = True,
 ) -> validation.Gallery:
@@ -214,7 +212,7 @@ def illustrate(
     if not group:
         return validation.no_gallery()
     few = tiles.filter(expr=col("id").is_in(list(group))).materialize()
-    parts = _map(Illustrator, load_models(folder), few, {"postprocessing": postprocessing}, gpus)
+    parts = _map(Illustrator, load_models(folder), few, {"chosen": chosen}, gpus)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     place = {str(tile): i for i, tile in enumerate(columns["id"])}
     order = [place[tile] for tile in group]
@@ -228,11 +226,11 @@ def stored_postprocessing(folder: Path) -> Postprocessing:
 
 
 def segment(
-    folder: Path, tiles: ray.data.Dataset, postprocessing: Postprocessing, gpus: bool = True
+    folder: Path, tiles: ray.data.Dataset, chosen: Postprocessing, gpus: bool = True
 ) -> dict[str, str]:
     """Segment tiles with a checkpoint's model, or with an ensemble: run-length codes by id."""
     codes: dict[str, str] = {}
-    for batch in _map(Segmenter, load_models(folder), tiles, {"postprocessing": postprocessing}, gpus):
+    for batch in _map(Segmenter, load_models(folder), tiles, {"chosen": chosen}, gpus):
         codes |= dict(zip(map(str, batch["id"]), map(str, batch["rle"]), strict=True))
     return codes
 

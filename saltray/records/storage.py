@@ -366,7 +366,7 @@ def _database(file: Path) -> bytes:
 class Mirroring(tune.Callback):
     """Mirrors the run while its trials go on. It is called after the study knows of an event.
 
-    What it raises, Overtaken, ends the search: at a trial's end too, by `search.Ends`.
+    What it raises, Overtaken, ends the search: at a trial's end too, by `saltray.search.search.Ends`.
     """
 
     def __init__(self, mirror: Mirror) -> None:

@@ -252,7 +252,7 @@ def own_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def nondominated(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the Pareto front: the run's own complete trials that no other beats in one value and equals in the rest.
+    """Return the Pareto front: the run's own complete trials that no other of them dominates.
 
     Not Optuna's `best_trials`: a warm start's speeds are of another machine, or of other trials beside it.
     """

@@ -10,10 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from saltray.config import TILE, Split
+from saltray.data import survey
 from saltray.data.splitting import NEIGHBOURS
-from saltray.reporting import survey
+from saltray.data.survey import CLASSES, TINY, Survey
 from saltray.reporting.page import BLUE, ORANGE, SKY, Page, Picture, overlay
-from saltray.reporting.survey import CLASSES, TINY, Survey
 
 _PER_CLASS = 6  # pictures of each coverage class
 _ODD = 18  # pictures of a kind of odd mask

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from saltray.contest.metrics import Postprocessing
+from saltray.prediction.postprocessing import Postprocessing
 from saltray.reporting.findings import Findings
 from saltray.reporting.page import BLUE, Page
 from saltray.reporting.tile_figures import threshold_curve

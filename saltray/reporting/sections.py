@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from saltray.contest.metrics import Postprocessing
 from saltray.data.splitting import NEIGHBOURS
 from saltray.prediction import validation
+from saltray.prediction.postprocessing import Postprocessing
 from saltray.records.study import epochs_of, objective_of, score
 from saltray.reporting import ensemble_section, environment_section, tile_figures, trial_figures
 from saltray.reporting.findings import Findings

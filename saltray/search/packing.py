@@ -10,8 +10,8 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saltray.config import TILE, TrialConfig
+from saltray.network import cpu
 from saltray.search.plan import PlanError
-from saltray.training import cpu
 from saltray.training.loop import Learner, train_epoch
 from saltray.training.trial import NO_ROOM, WorkerResources
 

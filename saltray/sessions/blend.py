@@ -16,9 +16,9 @@ import ray.data
 from rich.console import Console
 from rich.markup import escape
 
+from saltray import connection
 from saltray.config import TrialConfig, counted
 from saltray.contest import submission
-from saltray.contest.metrics import Postprocessing
 from saltray.data import folds
 from saltray.data.folds import Data
 from saltray.ensembles import ensemble, ensemble_bundle, outoffold, pseudo, refits
@@ -27,7 +27,8 @@ from saltray.ensembles.ensemble import Selection
 from saltray.ensembles.outoffold import Candidate
 from saltray.prediction import inference
 from saltray.prediction.bundle import publish
-from saltray.records import connection, run, storage
+from saltray.prediction.postprocessing import Postprocessing
+from saltray.records import run, storage
 from saltray.records.study import REFITS, best_trials, count, keep_trials_at
 from saltray.reporting.ensemble_section import pseudo_labels_in_words
 from saltray.search import search

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from saltray import connection
 from saltray.config import TrialConfig, counted
 from saltray.data import dataset, splitting
 from saltray.ensembles import refits
 from saltray.network.model import build_model, count_parameters
-from saltray.records import connection, run
+from saltray.records import run
 from saltray.search import space as spaces
 from saltray.search.engine import GRACE_EPOCHS, REDUCTION
 from saltray.search.packing import most_side_by_side, tiles_per_second, together

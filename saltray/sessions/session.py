@@ -11,12 +11,11 @@ import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 
-from saltray import demo, report
+from saltray import connection, demo, report
 from saltray.data import dataset, splitting
 from saltray.data.folds import Data
 from saltray.ensembles import candidates, ensemble_bundle
-from saltray.prediction import outcome
-from saltray.records import connection, run, shared_folder, storage
+from saltray.records import run, shared_folder, storage
 from saltray.records.study import (
     NoStudyError,
     Place,
@@ -30,7 +29,7 @@ from saltray.search import space as spaces
 from saltray.search.plan import Plan, PlanError, plan
 from saltray.search.space import Space
 from saltray.search.warmstart import adopt, is_adopted
-from saltray.sessions import blend, summary, tracking
+from saltray.sessions import blend, outcome, summary, tracking
 from saltray.sessions.view import LiveView
 from saltray.training.trial import Tiles
 

@@ -8,11 +8,12 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.markup import escape
 
+from saltray import connection
 from saltray.config import counted
 from saltray.contest import submission
-from saltray.contest.metrics import Postprocessing
 from saltray.data.folds import Data
-from saltray.records import connection, run, storage
+from saltray.prediction.postprocessing import Postprocessing
+from saltray.records import run, storage
 from saltray.records.study import count, nondominated, objective_of, own_trials, score
 from saltray.search.plan import Plan
 from saltray.sessions import blend

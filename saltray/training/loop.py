@@ -22,7 +22,15 @@ from saltray.config import LossConfig, TrialConfig
 from saltray.contest import metrics
 from saltray.data.augment import mixup
 from saltray.network.losses import Loss, deep_supervision, loss_of_epoch
-from saltray.network.model import EncoderDecoder, Outputs, build_model, count_parameters, load_encoder
+from saltray.network.model import (
+    EncoderDecoder,
+    Outputs,
+    autocast_dtype,
+    build_model,
+    count_parameters,
+    load_encoder,
+    to_input,
+)
 from saltray.network.optim import (
     averaged_tensors,
     build_optimizer,
@@ -320,24 +328,6 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(sums)
     return float(sums[0] / sums[1]), int(sums[1])
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast type for `TrialConfig.precision` on this device; None for plain float32."""
-    if precision == "bfloat16":
-        return torch.bfloat16
-    if precision == "float16":
-        return torch.float16 if device.type == "cuda" else None
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if precision == "auto" and fast else None
-
-
-def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """Map uint8 images (n, h, w) to the network's input, float32 (n, 1, h, w) in [0, 1]."""
-    # As bytes over the bus: a quarter of what floats would take.
-    # From a GPU to the CPU nothing may run ahead: the pixels would be read before they are there.
-    pixels = images.to(device, non_blocking=device.type == "cuda").unsqueeze(1).float().div_(255)
-    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def _to_device(batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from saltray.network.model import to_input
 from saltray.training import checkpoint
-from saltray.training.loop import to_input
 
 PICTURE = "samples.png"
 """The picture's name in a checkpoint's folder."""

@@ -23,7 +23,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from saltray.config import TrialConfig, UserError
 from saltray.data import stream
 from saltray.data.augment import Batch
-from saltray.training import checkpoint, cpu, loop, samples
+from saltray.network import cpu
+from saltray.training import checkpoint, loop, samples
 
 EVALUATION_BATCH = 64
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saltray import demo
-from saltray.records import connection
+from saltray import connection, demo
 from tests.integration.programs import SPACE, Program
 
 

@@ -16,13 +16,13 @@ from PIL import Image
 from saltray import demo
 from saltray.config import IGNORED, ModelConfig, TrialConfig
 from saltray.contest import rle
-from saltray.contest.metrics import Postprocessing
 from saltray.data import dataset, folds, splitting
 from saltray.ensembles import ensemble_bundle, outoffold, pseudo
 from saltray.ensembles.outoffold import Candidate, Source
 from saltray.network.model import build_model
 from saltray.prediction import inference
 from saltray.prediction.inference import Model
+from saltray.prediction.postprocessing import Postprocessing
 from saltray.records.study import Place, count, load_study
 from saltray.sessions import blend
 from saltray.training import checkpoint

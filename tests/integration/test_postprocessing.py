@@ -13,10 +13,11 @@ from scipy.ndimage import gaussian_filter
 from saltray import demo
 from saltray.config import TILE, ModelConfig, TrialConfig
 from saltray.contest import metrics, rle
-from saltray.contest.metrics import Postprocessing
-from saltray.data import dataset, folds
+from saltray.data import dataset
 from saltray.network.model import build_model
 from saltray.prediction import inference, validation
+from saltray.prediction.postprocessing import Postprocessing
+from saltray.sessions import outcome
 from saltray.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -123,7 +124,7 @@ def test_the_score_away_from_the_training_tiles(data: Path, tmp_path: Path) -> N
     trains = np.arange(len(names)) < 12
     training, validated = (dataset.decode(rows.where(part))[0] for part in (trains, ~trains))
     table = pd.DataFrame({"id": rows.rows["id"][~trains][::-1], "precision": np.linspace(0, 1, 12)})
-    found = folds.lone_score(training, validated, table)
+    found = outcome.lone_score(training, validated, table)
     assert found == {"lone": {"tiles": 11, "map": pytest.approx(np.linspace(0, 1, 12)[1:].mean())}}
     few, _ = dataset.decode(rows.where(~trains & (rows.rows["id"] != Path(names[-1]).stem)))
-    assert folds.lone_score(training, few, table) == {}
+    assert outcome.lone_score(training, few, table) == {}

@@ -8,8 +8,7 @@ import playwright.sync_api
 import pytest
 from optuna.trial import TrialState
 
-from saltray import report
-from saltray.records import connection
+from saltray import connection, report
 from tests.runs import START, make_run, make_trial
 
 Show = Callable[[Path, int], playwright.sync_api.Page]

@@ -8,12 +8,13 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
+from saltray import connection
 from saltray.config import DEBUG
 from saltray.ensembles import refits
 from saltray.ensembles.candidates import kept
 from saltray.ensembles.outoffold import Candidate, Source
 from saltray.network.model import build_model
-from saltray.records import connection, run
+from saltray.records import run
 from saltray.records.storage import Home, Mirror
 from saltray.records.study import Place, create_study
 from saltray.search import search

@@ -19,11 +19,10 @@ from saltray.config import DEBUG, ModelConfig, Split
 from saltray.contest import rle
 from saltray.data import splitting
 from saltray.ensembles import ensemble_bundle
-from saltray.network.model import build_model
+from saltray.network.model import build_model, to_input
 from saltray.prediction import bundle, inference
 from saltray.records import run
 from saltray.training import checkpoint
-from saltray.training.loop import to_input
 
 METRICS = {
     "best_map": 0.712345,

@@ -22,7 +22,7 @@ from ray.autoscaler._private.command_runner import SSHCommandRunner
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
-from saltray.records import connection
+from saltray import connection
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -166,7 +166,8 @@ def broken(name: str, **changes: Any) -> Config:
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync")
 @pytest.mark.parametrize("name", RAY_UP)
 def test_ray_up_carries_the_code_and_neither_tiles_nor_keys(name: str, tmp_path: Path) -> None:
-    code = ["saltray/tune.py", "search_spaces/unet.py", "constraints.txt", "pyproject.toml", "README.md"]
+    code = ["saltray/tune.py", "saltray/data/dataset.py", "saltray/reporting/page.html.jinja"]
+    code += ["search_spaces/unet.py", "constraints.txt", "pyproject.toml", "README.md"]
     private = ["data/train.csv", "tgs/train/images/1.png", "train.zip", "a/test.zip", "kaggle.json", ".env"]
     for file in [*code, *private, "runs/mine/study.db", ".venv/bin/python", ".git/config"]:
         (tmp_path / "from" / file).parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ def printed(program: str, *arguments: str, **environment: str) -> int:
 
 STEPS = """
 import resource, sys, torch
-from saltray.training import cpu
+from saltray.network import cpu
 from saltray.config import ModelConfig
 from saltray.network.model import build_model
 torch.set_num_threads(1)
@@ -40,7 +40,7 @@ def test_a_training_step_takes_the_memory_of_the_one_before() -> None:
 
 HELD = """
 import torch
-from saltray.training import cpu
+from saltray.network import cpu
 def held():
     return int(open("/proc/self/statm").read().split()[1])
 cpu.use(1)
@@ -62,6 +62,6 @@ def test_what_an_earlier_trial_left_goes_back() -> None:
 @pytest.mark.parametrize(("cpus", "threads"), [(0.2, 1), (1.6, 2)])
 def test_a_part_of_a_cpu_is_rounded_but_never_to_none(cpus: float, threads: int) -> None:
     program = (
-        f"import torch; from saltray.training import cpu; cpu.use({cpus}); print(torch.get_num_threads())"
+        f"import torch; from saltray.network import cpu; cpu.use({cpus}); print(torch.get_num_threads())"
     )
     assert printed(program) == threads

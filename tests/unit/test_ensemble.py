@@ -8,6 +8,8 @@ import pytest
 from saltray.contest import metrics
 from saltray.ensembles import ensemble
 from saltray.ensembles.ensemble import MOST_PICKS, OutOfFold
+from saltray.prediction import postprocessing
+from saltray.prediction.postprocessing import Postprocessing
 
 
 def make(candidates: int, tiles: int, seed: int = 0, folds: int = 3) -> OutOfFold:
@@ -72,7 +74,7 @@ def test_of_equals_the_earlier_is_taken_and_nothing_that_does_not_help() -> None
     assert ensemble.choose(same).picks == (1, 0, 0)
 
 
-def scored(known: OutOfFold, picks: tuple[int, ...], chosen: metrics.Postprocessing) -> npt.NDArray[Any]:
+def scored(known: OutOfFold, picks: tuple[int, ...], chosen: Postprocessing) -> npt.NDArray[Any]:
     """Each tile's score under a postprocessing, from the mean in floats."""
     view = known.probability[:, int(chosen.tta)].astype(float)
     predicted = np.average(view, axis=0, weights=picks) / 255 > chosen.threshold
@@ -90,7 +92,7 @@ def test_postprocessing_is_that_of_the_mean_and_each_fold_is_scored_by_the_other
         others, here = known.fold != fold, known.fold == fold
         rest = OutOfFold(known.probability[:, :, others], known.truth[others], known.fold[others])
         counts = ensemble.overlaps(rest, picks)
-        chosen, _ = metrics.choose_postprocessing(*counts, rest.truth.sum(axis=(1, 2)))
+        chosen, _ = postprocessing.choose(*counts, rest.truth.sum(axis=(1, 2)))
         assert found.by_fold[fold] == pytest.approx(scored(known, picks, chosen)[here].mean())
     assert found.cross_fitted == pytest.approx(np.mean(found.by_fold))
     assert found.spread == pytest.approx(np.std(found.by_fold, ddof=1))

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "saltray"
 LAYERS = """
 config
-cli
+cli connection
 
 contest: rle csvfile
 contest: metrics
@@ -20,24 +20,24 @@ contest: submission
 data: png augment
 data: dataset
 data: splitting
-data: folds stream
+data: folds stream survey
 
-network: losses optim layers pretrained
+network: cpu losses optim layers pretrained
 network: model
 
-training: cpu checkpoint
-training: members loop
+training: checkpoint
+training: loop
 training: samples
 training: trial
 
 records: storage
-records: shared_folder trial_files study connection
+records: shared_folder trial_files study
 records: run
 
+prediction: members postprocessing
 prediction: validation
 prediction: inference
 prediction: bundle
-prediction: outcome
 
 search: space engine warmstart limits gpus plan
 search: packing searcher
@@ -48,7 +48,7 @@ ensembles: outoffold pseudo
 ensembles: refits
 ensembles: candidates ensemble_bundle
 
-reporting: page survey
+reporting: page
 reporting: data_page findings trial_figures
 reporting: tile_figures
 reporting: ensemble_section environment_section
@@ -56,7 +56,7 @@ reporting: sections
 
 demo report predict score explore
 
-sessions: view tracking
+sessions: outcome view tracking
 sessions: blend
 sessions: summary
 sessions: session
@@ -85,8 +85,9 @@ FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in LEVEL if "." in name
 WITHOUT_RAY = {
     *("config", "cli", "demo", "score"),
     *(name for name in MODULES if name.startswith(("contest.", "network."))),
-    *("data.png", "data.augment", "training.checkpoint", "training.members", "training.loop"),
-    *("training.samples", "ensembles.ensemble", "prediction.validation", "records.study"),
+    *("data.png", "data.augment", "training.checkpoint", "training.loop"),
+    *("training.samples", "ensembles.ensemble", "records.study"),
+    *("prediction.members", "prediction.postprocessing", "prediction.validation"),
     *("reporting.page", "reporting.trial_figures", "reporting.tile_figures"),
 }
 
@@ -162,7 +163,6 @@ def test_numerics_and_files_need_no_ray(name: str) -> None:
 def test_only_the_search_and_its_readers_know_optuna() -> None:
     known = (
         "records.study",
-        "prediction.outcome",
         "search.",
         "ensembles.",
         "reporting.",
@@ -175,7 +175,9 @@ def test_only_the_search_and_its_readers_know_optuna() -> None:
 def test_training_and_prediction_meet_through_files_alone() -> None:
     readers = [name for name in MODULES if name.startswith(("prediction.", "reporting."))]
     for name in (*readers, "predict", "report"):
-        assert not {i for i in own(name) if i.startswith(("training.trial", "search.", "sessions."))}
+        assert not {
+            i for i in own(name) if i.startswith(("training.trial", "training.loop", "search.", "sessions."))
+        }
     for name in readers:
         assert not name.startswith("reporting.") or "prediction.inference" not in own(name)
 

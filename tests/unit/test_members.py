@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from saltray.training import members
+from saltray.prediction import members
+from saltray.prediction.members import ENSEMBLE, Member
 from saltray.training.checkpoint import CheckpointError
-from saltray.training.members import ENSEMBLE, Member
 
 
 def test_a_checkpoint_is_its_own_only_member(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from optuna.trial import TrialState
 
 from saltray.config import DEBUG
 from saltray.network.model import build_model
-from saltray.prediction import bundle, outcome
+from saltray.prediction import bundle
 from saltray.records.study import Place, create_study
+from saltray.sessions import outcome
 from saltray.training import checkpoint
 from tests.runs import make_trial
 

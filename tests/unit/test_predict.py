@@ -8,13 +8,12 @@ import pytest
 import ray
 import torch
 
-from saltray import demo, predict
+from saltray import connection, demo, predict
 from saltray.config import TILE, ModelConfig, TrialConfig, UserError
 from saltray.data import dataset
 from saltray.network.model import build_model
-from saltray.prediction import inference
-from saltray.records import connection
-from saltray.training import checkpoint, members
+from saltray.prediction import inference, members
+from saltray.training import checkpoint
 
 
 class RayStarted(Exception):

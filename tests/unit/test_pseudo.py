@@ -3,10 +3,10 @@ import numpy.typing as npt
 import pytest
 
 from saltray.config import IGNORED
-from saltray.contest.metrics import logit
 from saltray.data import folds
 from saltray.data.augment import Batch
 from saltray.ensembles import pseudo
+from saltray.prediction.postprocessing import logit
 
 
 class Known(pseudo.Labeller):

@@ -12,11 +12,11 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from saltray import report
+from saltray import connection, report
 from saltray.config import Split, UserError
 from saltray.data.splitting import NEIGHBOURS
 from saltray.prediction import validation
-from saltray.records import connection, run, storage
+from saltray.records import run, storage
 from saltray.records.study import load_study, nondominated, score
 from saltray.reporting import sections, tile_figures, trial_figures
 from tests.runs import START, make_run, make_trial

@@ -7,7 +7,8 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from saltray.records import connection, run, storage
+from saltray import connection
+from saltray.records import run, storage
 from saltray.records.study import load_study
 from saltray.sessions import summary
 from tests.runs import make_run, make_trial

@@ -11,9 +11,8 @@ import pytest
 
 from saltray import demo
 from saltray.config import TILE
-from saltray.data import dataset, splitting
+from saltray.data import dataset, splitting, survey
 from saltray.data.dataset import DataError
-from saltray.reporting import survey
 
 
 @pytest.fixture(scope="module")

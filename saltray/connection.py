@@ -23,7 +23,7 @@ SETTINGS = {
     # While trials hold all CPUs, Ray ends idle processes after a second, and each epoch waits for new ones.
     "RAY_idle_worker_killing_time_threshold_ms": "300000",
     # Each trial is a thread, to which glibc gives a heap of its own: a process keeps what ended trials left,
-    # and such a heap gives freed memory back at once, which makes training slower (`saltray.training.cpu`).
+    # and such a heap gives freed memory back at once, which makes training slower (`saltray.network.cpu`).
     "MALLOC_ARENA_MAX": "1",
     # A stopped trial ends its data streams before its process takes the next trial. Where that takes longer,
     # Ray Tune fails the next one and tells nobody: a slot is lost, and the search waits for it for ever.

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 from saltray.config import DEBUG, LossConfig, ModelConfig, OptimConfig, TrialConfig, UserError
 from saltray.contest import metrics
 from saltray.network.losses import LOSSES
-from saltray.network.model import build_model
+from saltray.network.model import autocast_dtype, build_model, to_input
 from saltray.training import checkpoint, loop
 
 CPU = torch.device("cpu")
@@ -185,7 +185,7 @@ def test_recomputed_batchnorm_agrees_with_torchs() -> None:
         if isinstance(module, torch.nn.Dropout):  # which torch leaves on
             module.p = 0.0
     loop.recompute_batchnorm(model, batches(TRAIN, 8), CPU, None)
-    update_bn([loop.to_input(b["image"], CPU) for b in batches(TRAIN, 8)], peer)
+    update_bn([to_input(b["image"], CPU) for b in batches(TRAIN, 8)], peer)
     for name, value in peer.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
     assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
@@ -348,11 +348,11 @@ def test_evaluate_agrees_with_the_metric_whatever_the_batches() -> None:
 
 
 def test_precision_is_float32_on_a_cpu_unless_asked() -> None:
-    assert loop.autocast_dtype("auto", CPU) is None
-    assert loop.autocast_dtype("float32", CPU) is None
-    assert loop.autocast_dtype("bfloat16", CPU) is torch.bfloat16
-    assert loop.autocast_dtype("float16", CPU) is None
-    assert loop.autocast_dtype("float16", torch.device("cuda")) is torch.float16
+    assert autocast_dtype("auto", CPU) is None
+    assert autocast_dtype("float32", CPU) is None
+    assert autocast_dtype("bfloat16", CPU) is torch.bfloat16
+    assert autocast_dtype("float16", CPU) is None
+    assert autocast_dtype("float16", torch.device("cuda")) is torch.float16
 
 
 def test_bfloat16_trains(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
+import ray.data
 from optuna.trial import FrozenTrial
 
 from saltray.contest import submission
-from saltray.data import folds
+from saltray.data import folds, splitting
 from saltray.data.folds import Data
 from saltray.prediction import bundle, inference, validation
 from saltray.records.study import best_trial, best_trials, checkpoints_of, lost_trial, own_trials, score
@@ -35,7 +37,7 @@ def publish_best(
 
     Returns:
         The trial, and what is known of its model: the postprocessing, `validation_map` with it, `scores` by
-        threshold, `lone` (see `folds.lone_score`), and `lost` or `onnx_problem` in words.
+        threshold, `lone` (see `lone_score`), and `lost` or `onnx_problem` in words.
 
     Raises:
         StudyError: no trial has a checkpoint.
@@ -55,7 +57,7 @@ def publish_best(
         model, data.validation, chosen, validation.choose_examples(table, EXAMPLES), gpus
     )
     facts = asdict(chosen) | {"validation_map": scores[f"{chosen.threshold:.2f}"], "scores": scores}
-    facts |= folds.lone_score(data.training, data.validation, table)
+    facts |= lone_score(data.training, data.validation, table)
     tiles = bundle.describe_tiles(data.training.count(), table["coverage"])
     bundle.add_metrics(model, {"trial": best.number, "tiles": tiles} | facts)
     validation.write(folder, table, gallery)
@@ -69,6 +71,28 @@ def publish_best(
     bundle.write_card(model)
     bundle.publish(model)
     return best, facts | words
+
+
+def lone_score(
+    training: ray.data.Dataset, validated: ray.data.Dataset, table: pd.DataFrame
+) -> dict[str, Any]:
+    """Score the validation tiles that have no neighbour in training, whose scores nothing flatters.
+
+    Args:
+        training: tiles.
+        validated: tiles.
+        table: their results, as `validation.tabulate` makes it.
+
+    Returns:
+        `lone`, their number `tiles` and their mean score `map`; nothing where all or none are so, or where
+        there are more than `splitting.MOST_COMPARED` tiles.
+    """
+    if training.count() + validated.count() > splitting.MOST_COMPARED:
+        return {}
+    ids, images = folds.gather(validated, "id", "image")
+    cut = ids[splitting.cut_off(images, *folds.gather(training, "image"))]
+    alone = table["precision"][~table["id"].isin(cut)]
+    return {"lone": {"tiles": len(alone), "map": float(alone.mean())}} if len(cut) and len(alone) else {}
 
 
 def _stage(folder: Path, study: optuna.Study) -> tuple[FrozenTrial, Path]:
