@@ -48,7 +48,7 @@ NFS_MB, S3_MB = 110.0, 1000.0
 
 
 class Share(NamedTuple):
-    """Stands for `saltray.training.trial.WorkerResources`, without torch: 64 actors have to fit into memory."""
+    """Stands for `saltray.training.trial.WorkerResources`, without torch: 64 actors must fit in memory."""
 
     workers: int = 1
     cpus: float = 1.0

@@ -1,4 +1,4 @@
-"""A search as `sessions.session` runs one, without a run's other files: for the rows that need one."""
+"""A search as a session runs one, without a run's other files: for the rows that need one."""
 
 import tempfile
 import time

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from saltray.config import Split
 from saltray.data.dataset import DataError, Table, decode_local
@@ -114,6 +112,10 @@ def groups_in(table: Table, rows: Ints, pairs: Ints) -> Ints:
 
 def groups_of(tiles: int, pairs: Ints) -> Ints:
     """Number the groups that pairs (n, 2) join: int64 (tiles,); a tile in no pair is a group of its own."""
+    # Imported where it is used: half a second of every start, and most runs do without.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(tiles, tiles))
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)
 

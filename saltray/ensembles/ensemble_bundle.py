@@ -1,4 +1,4 @@
-"""The ensemble's bundle: `ensemble/`, made as `best/` (`saltray.prediction.bundle`); `members` there reads it."""
+"""The ensemble's bundle: `ensemble/`, made as `best/` (`saltray.prediction.bundle`); `members` reads it."""
 
 import json
 from collections.abc import Sequence

@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from saltray.ensembles import pseudo
 from saltray.prediction.postprocessing import Postprocessing
 from saltray.reporting.findings import Findings
 from saltray.reporting.page import BLUE, Page
@@ -80,20 +81,8 @@ def _facts(facts: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
-def pseudo_labels_in_words(facts: dict[str, Any]) -> str:
-    """Write what became of the pseudo-labels."""
-    if not facts["finished"]:
-        return "not yet: their refits wait for the next session"
-    if not any(facts["tiles"]):
-        return "none: the models were not sure of any test tile"
-    if "with" not in facts:
-        return "not used: their refits failed"
-    used = "used" if facts["used"] else "not used"
-    return f"{used}: cross-fitted {facts['with']:.4f} with them, {facts['without']:.4f} without"
-
-
 def _pseudo_labels_in_full(facts: dict[str, Any]) -> str:
-    words = pseudo_labels_in_words(facts)
+    words = pseudo.in_words(facts)
     if any(facts.get("tiles", ())):
         words += f". Test tiles by fold: {', '.join(map(str, facts['tiles']))}"
     if "with" in facts:

@@ -30,7 +30,6 @@ from saltray.prediction.bundle import publish
 from saltray.prediction.postprocessing import Postprocessing
 from saltray.records import run, storage
 from saltray.records.study import REFITS, best_trials, count, keep_trials_at
-from saltray.reporting.ensemble_section import pseudo_labels_in_words
 from saltray.search import search
 from saltray.search.limits import Limits, ended_without_gain
 from saltray.search.plan import Plan, plan
@@ -326,7 +325,7 @@ def in_words(facts: dict[str, Any]) -> dict[str, str]:
             f"({folds}); {facts['in_sample']:.4f} {Postprocessing.of(facts)}, where that was chosen"
         )
         if "pseudo_labels" in facts:
-            lines["pseudo-labels"] = pseudo_labels_in_words(facts["pseudo_labels"])
+            lines["pseudo-labels"] = pseudo.in_words(facts["pseudo_labels"])
     left = [f"{facts[name]} {name}" for name in ("waiting", "failed") if facts.get(name)]
     if more := facts.get("trials_left"):
         left.append(f"not before the search's end: {counted(more, 'more trial')}, or a lower --trials")

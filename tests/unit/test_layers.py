@@ -193,8 +193,18 @@ def test_no_module_is_too_long(name: str) -> None:
     assert len(FILES[name].read_text().splitlines()) <= 400
 
 
-def test_decoding_and_augmentation_load_no_torch() -> None:
-    # Ray Data's processes import these; PyTorch would cost each a second and 200 MB.
-    code = "import saltray.data.dataset, saltray.data.augment, sys; print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        # Ray Data's processes import these; PyTorch would cost each a second and 200 MB.
+        ("data.dataset", {"torch"}),
+        ("data.augment", {"torch"}),
+        # What only a report draws, or few runs need, would cost each start of a search a second.
+        ("sessions.session", {"plotly", "jinja2", "sklearn", "scipy"}),
+        ("training.trial", {"optuna", "plotly", "sklearn", "scipy"}),
+    ],
+)
+def test_no_process_loads_what_it_does_not_use(module: str, unwanted: set[str]) -> None:
+    code = f"import sys, saltray.{module}; print(*sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "False"
+    assert unwanted & set(answer.stdout.split()) == set()
