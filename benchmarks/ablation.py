@@ -1,8 +1,8 @@
-"""`python -m benchmarks.ablation --data DIR`: what each technique is worth, by itself, on one base.
+"""`python -m benchmarks.ablation --data DIR`: what each technique is worth on one base.
 
-Every technique is switched on (or off) alone, on the same base configuration, tiles, epochs and seeds; its
-gain is the mean over the seeds of the difference to the base's run of the same seed. The last weights are
-judged, so that no tile that judges them chose them. Results go into one JSON file after each run, and a table
+Every technique is switched on (or off) alone, but for a few combinations, on the same base configuration,
+tiles, epochs and seeds; its gain is the mean over the seeds of the difference to the base's run of the same
+seed. The last weights are judged, so that no tile that judges them chose them. Results go into one JSON file after each run, and a table
 beside it; a run that the file already has is not repeated, so an ablation may be stopped and gone on with at
 any time, or extended by more seeds and techniques. Runs of another size want another file.
 
@@ -69,7 +69,7 @@ def measure(
         history.append(metrics["map"])
         last.update(metrics)
         if metrics["finished"]:
-            judged.update(cross_chosen(folder, validation))
+            judged.update(cross_chosen(folder, validation, device))
 
     loop.fit(
         config,
@@ -83,14 +83,15 @@ def measure(
     return facts | judged | {"history": history, "seconds": time.perf_counter() - started}
 
 
-def cross_chosen(folder: Path, tiles: ray.data.Dataset) -> Run:
+def cross_chosen(folder: Path, tiles: ray.data.Dataset, device: str) -> Run:
     """Score the postprocessing on tiles that did not choose it: each half by the other half's choice.
 
     Returns:
         `plain`, the mAP at probability 0.5; `threshold`, with the threshold alone chosen; `mirrored`, also
         with the mean of both views; `chosen`, with the least area too, and mirrored only where it helped.
     """
-    calibrator = inference.Calibrator(inference.load_models(folder), torch.get_num_threads())
+    models = inference.load_models(folder)
+    calibrator = inference.Calibrator(models, torch.get_num_threads(), gpu=device == "cuda")
     batches = tiles.iter_batches(batch_size=EVALUATION_BATCH)
     parts = [calibrator(cast(Batch, batch)) for batch in batches]
     counts = [np.concatenate([p[name] for p in parts]) for name in ("intersection", "union", "truth")]

@@ -23,11 +23,6 @@ LATE = {"then": "lovasz", "switch_at": 0.5}
 
 LOSSES: dict[str, Changes] = {
     "bce and dice": {"loss": "bce_dice"},
-    "bce and dice, then lovasz elu": {"loss": LATE | {"name": "bce_dice", "then": "lovasz_elu"}},
-    "bce and dice, clipped, one cycle": {
-        "loss": "bce_dice",
-        "optim": {"clip_norm": 1.0, "schedule": "one_cycle"},
-    },
     "focal": {"loss": "focal"},
     "lovasz from the start": {"loss": "lovasz"},
     "bce, then lovasz": {"loss": LATE},
@@ -72,6 +67,15 @@ PRETRAINED_NETWORK: dict[str, Changes] = {
     "four levels": {"model": {"levels": 4}},
     "dropout 0.2": {"model": {"dropout": 0.2}},
 }
+
+PRETRAINED_TOGETHER: dict[str, Changes] = {
+    "bce and dice, then lovasz elu": {"loss": LATE | {"name": "bce_dice", "then": "lovasz_elu"}},
+    "bce and dice, clipped, one cycle": {
+        "loss": "bce_dice",
+        "optim": {"clip_norm": 1.0, "schedule": "one_cycle"},
+    },
+}
+"""What gains alone, combined."""
 
 OPTIMISATION: dict[str, Changes] = {
     "reduce on plateau": {"optim": {"schedule": "plateau"}},
@@ -135,7 +139,7 @@ BASES = {
                 "deep_supervision": True,
             },
         },
-        LOSSES | PRETRAINED_NETWORK | NETWORK | OPTIMISATION | AUGMENTATION,
+        LOSSES | PRETRAINED_NETWORK | NETWORK | OPTIMISATION | AUGMENTATION | PRETRAINED_TOGETHER,
     ),
 }
 """By name; both with batch normalisation."""

@@ -81,7 +81,7 @@ def _local_environment() -> Iterator[None]:
         port = str(probe.getsockname()[1])
     address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     # Trials import the saltray that this process imported.
-    source = str(Path(__file__).parents[2])
+    source = str(Path(__file__).parents[1])
     values = {
         "RAY_GCS_SERVER_PORT": port,
         "RAY_ADDRESS": f"{address}:{port}",

@@ -20,6 +20,10 @@ def main(
         float | None, typer.Option(help="On the probability of salt. Default: chosen on validation.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster to join.")] = None,
+    gpus: Annotated[
+        bool,
+        typer.Option("--gpus/--no-gpus", help="Use the GPUs, where there are any, or leave them to others."),
+    ] = True,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Give bad tiles empty masks.")] = False,
 ) -> None:
     """Segment a folder's test tiles with a run's ensemble or best model, and write the submission."""
@@ -57,7 +61,7 @@ def main(
             problems = table.problems | bad
             if not skip_bad:
                 dataset.refuse(problems, data)
-            codes = inference.segment(folder, tiles, chosen)
+            codes = inference.segment(folder, tiles, chosen, gpus)
         finally:
             connection.disconnect()
     file.write(lambda path: submission.write(path, table.ids, codes))

@@ -158,7 +158,7 @@ def main(
         str | None,
         typer.Option(
             help="GPUs of each of a trial's workers: 0, 0.25, 0.5 or 1; auto measures how many trials "
-            "share one best. Default: 1 where there are any.",
+            "share one best; under 0 CPUs train and predict. Default: 1 where there are any.",
             rich_help_panel=MACHINES,
         ),
     ] = None,

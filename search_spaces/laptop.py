@@ -22,7 +22,7 @@ FIRST = [
         "filters": 8,
         "padded_size": 112,
         "dropout": 0.0,
-        "first_loss": "bce",
+        "first_loss": first_loss,
         "second_loss": "lovasz_elu",
         "switch_at": 0.4,
         "learning_rate": 2e-3,
@@ -32,7 +32,7 @@ FIRST = [
         "tone": 0.5,
         "batch_size": 16,
     }
-    for encoder in ("efficientnet_lite0", "efficientnet_lite2")
+    for encoder, first_loss in (("efficientnet_lite0", "bce_dice"), ("efficientnet_lite2", "bce"))
 ]
 
 
@@ -54,7 +54,7 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
             "padded_size": trial.suggest_categorical("padded_size", [101, 112]),
             "padding": "edge",
             "dropout": trial.suggest_float("dropout", 0.0, 0.3, step=0.05),
-            # Never without in the ablation; scSE brought nothing there, and the depth cost.
+            # Without either the ablation lost; scSE brought nothing there, and the depth cost.
             "hypercolumn": True,
             "deep_supervision": True,
         },

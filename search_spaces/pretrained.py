@@ -51,7 +51,7 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
             "max_filters": 256,
             "levels": trial.suggest_int("levels", 4, 5),
             "dropout": trial.suggest_float("dropout", 0.0, 0.4, step=0.05),
-            # Never without in the ablation; scSE brought nothing there, and the depth cost.
+            # Without either the ablation lost; scSE brought nothing there, and the depth cost.
             "hypercolumn": True,
             "deep_supervision": True,
             "upscale": trial.suggest_categorical("upscale", [1, 2]),

@@ -101,7 +101,7 @@ class Settings(SearchConfig):
 
     @property
     def gpus(self) -> bool:
-        """Whether GPUs may be used, where there are any."""
+        """Whether the cluster's GPUs may be used: not under `--gpus-per-trial 0`, by training or prediction."""
         return self.gpus_per_trial != 0
 
     @property

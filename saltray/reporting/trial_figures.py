@@ -248,7 +248,7 @@ def pareto_front(study: optuna.Study, trials: Sequence[FrozenTrial]) -> go.Figur
     front = sorted((t for t in complete if t.number in numbers), key=lambda t: t.values)
     others = [t for t in complete if t.number not in numbers]
     figure = go.Figure()
-    kinds = ((others, "beaten in both", SKY, "circle-open"), (front, "Pareto front", GREEN, "circle"))
+    kinds = ((others, "dominated", SKY, "circle-open"), (front, "Pareto front", GREEN, "circle"))
     for some, name, colour, symbol in kinds:
         figure.add_scatter(
             x=[t.values[0] for t in some], y=[t.values[1] for t in some], name=name,

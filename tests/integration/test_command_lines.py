@@ -36,7 +36,7 @@ def test_search_predict_score_extend(start: type[Program], files: Path, tmp_path
     bundle, alone = Path(shutil.copytree(run / "best", tmp_path / "bundle")), tmp_path / "alone.csv"
     assert (bundle / "model.onnx").is_file()
     assert f"at probability {threshold:.2f}" in (bundle / "README.md").read_text()
-    predicting = start("saltray.predict", bundle, "--data", files / "data", "--out", alone)
+    predicting = start("saltray.predict", bundle, "--data", files / "data", "--out", alone, "--no-gpus")
 
     # A folder that holds a run is not touched.
     before = (run / "study.db").read_bytes()
