@@ -2,9 +2,10 @@
 
 Every technique is switched on (or off) alone, but for a few combinations, on the same base configuration,
 tiles, epochs and seeds; its gain is the mean over the seeds of the difference to the base's run of the same
-seed. The last weights are judged, so that no tile that judges them chose them. Results go into one JSON file after each run, and a table
-beside it; a run that the file already has is not repeated, so an ablation may be stopped and gone on with at
-any time, or extended by more seeds and techniques. Runs of another size want another file.
+seed. The last weights are judged, so that no tile that judges them chose them. Results go into one JSON file
+after each run, and a table beside it; a run that the file already has is not repeated, so an ablation may be
+stopped and gone on with at any time, or extended by more seeds and techniques. Runs of another size want
+another file.
 
     python -m benchmarks.ablation --data DIR --epochs 60 --filters 16 --out gpu.json    # full size, for a GPU
     python -m benchmarks.ablation --data DIR --epochs 12 --filters 8 --tiles 1500 --out cpu.json    # hours

@@ -22,7 +22,7 @@ def main(
     address: Annotated[str | None, typer.Option(help="A running Ray cluster to join.")] = None,
     gpus: Annotated[
         bool,
-        typer.Option("--gpus/--no-gpus", help="Use the GPUs, where there are any, or leave them to others."),
+        typer.Option("--gpus/--no-gpus", help="Whether to use GPUs, where there are any."),
     ] = True,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Give bad tiles empty masks.")] = False,
 ) -> None:

@@ -101,7 +101,7 @@ class Settings(SearchConfig):
 
     @property
     def gpus(self) -> bool:
-        """Whether the cluster's GPUs may be used: not under `--gpus-per-trial 0`, by training or prediction."""
+        """Whether training and prediction may use the cluster's GPUs: not under `--gpus-per-trial 0`."""
         return self.gpus_per_trial != 0
 
     @property
