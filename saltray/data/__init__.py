@@ -1,1 +1,1 @@
-"""From the contest's folder to augmented batches: reading, splitting, streaming."""
+"""From the contest's folder to augmented batches: reading, checking, splitting, streaming."""
