@@ -199,7 +199,7 @@ def test_no_module_is_too_long(name: str) -> None:
         # Ray Data's processes import these; PyTorch would cost each a second and 200 MB.
         ("data.dataset", {"torch"}),
         ("data.augment", {"torch"}),
-        # What the report draws with, and the split needs, would hold up the first words of a search by a second.
+        # The report draws with these, the split needs them: before the first words they would cost a second.
         ("sessions.session", {"plotly", "jinja2", "sklearn", "scipy"}),
         ("training.trial", {"optuna", "plotly", "sklearn", "scipy"}),
     ],
