@@ -4,6 +4,7 @@ Nothing here holds state: a trial that resumes from its last epoch needs only it
 as it would have.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,6 +19,26 @@ ONE_CYCLE_RISE, ONE_CYCLE_START, ONE_CYCLE_END = 0.3, 25.0, 1e4
 the start, and what that is divided by at the end."""
 
 
+def _eager(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Return the same optimizer without what PyTorch's compiler hangs around its methods.
+
+    The first call of one of those imports the compiler, a second and 72 MB a process, to tell it that it is
+    not to compile them (torch 2.13, `torch._disable_dynamo`). Nothing here is compiled.
+    """
+    wrapped = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in wrapped}
+    # The wrapper around this one turned the gradients off as well.
+    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), methods)
+
+
+_OPTIMIZERS = {
+    "adam": _eager(torch.optim.Adam),
+    "adamw": _eager(torch.optim.AdamW),
+    "sgd": _eager(torch.optim.SGD),
+}
+
+
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """Return the optimizer in its fused form.
 
@@ -30,12 +51,10 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfi
         {"params": [p for p in known if p.ndim > 1]},
         {"params": [p for p in known if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    numbers: dict[str, Any] = {"lr": rate, "weight_decay": decay, "fused": True}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, rate, config.momentum, weight_decay=decay, nesterov=config.momentum > 0, fused=True
-        )
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, rate, weight_decay=decay, fused=True)
+        numbers |= {"momentum": config.momentum, "nesterov": config.momentum > 0}
+    return _OPTIMIZERS[config.optimizer](groups, **numbers)
 
 
 def learning_rate(config: OptimConfig, history: Sequence[float], step: int, steps: int) -> float:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from typing import Literal
 
 import pytest
@@ -181,6 +183,25 @@ def test_optimizers_agree_with_their_formulas(
             expected = decayed - 0.01 * mean / (1 - 0.9**step) / corrected
         optimizer.step()
         torch.testing.assert_close(parameter.detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_no_optimizer_loads_pytorchs_compiler(name: str) -> None:
+    code = f"""
+import sys, torch
+from saltray.config import OptimConfig
+from saltray.network.optim import build_optimizer
+weight = torch.nn.Parameter(torch.ones(2, 2))
+optimizer = build_optimizer([weight], OptimConfig(optimizer={name!r}))
+optimizer.zero_grad()
+weight.sum().backward()
+optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+assert weight.requires_grad and not bool((weight == 1).any())
+print(*sys.modules)"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch.optim" in answer.stdout.split()
+    assert "torch._dynamo" not in answer.stdout.split()
 
 
 def network() -> nn.Sequential:
