@@ -251,6 +251,18 @@ def test_failures_end_their_trial_and_no_other(tmp_path: Path, monkeypatch: pyte
     assert study.trials[2].user_attrs["reason"] == "the loss is nan"
 
 
+def test_trials_have_no_environment_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ray shares processes only between tasks of one environment.
+    def fake(spec: dict[str, Any], **_: Any) -> None:
+        own = ray.get_runtime_context().runtime_env
+        failed = {"failed": f"environment: {dict(own)}"} if own else {}
+        tune.report({"epoch": 1, "best_map": 0.0, "finished": True, **failed})
+
+    monkeypatch.setattr(search, "run_trial", fake)
+    (trial,) = run_search(tmp_path, NOTHING, trials=1, epochs=1).trials
+    assert trial.state == TrialState.COMPLETE, trial.user_attrs
+
+
 def test_stopped_early_is_pruned_with_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(spec: dict[str, Any], **_: Any) -> None:
         for epoch in range(1, 10):
