@@ -53,13 +53,10 @@ def measure() -> list[Row]:
         )
         agree = _agreement(written[0][0], written[1][0])
     ratios = [b / a for a, b in zip(ours, peer, strict=True)]
-    device = "GPU" if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
-    note = (
-        f"{min(ours):.0f} s against {min(peer):.0f} for {TILES:,} tiles, {device}; "
-        f"{agree:.2%} of the codes equal"
-    )
+    device = "a GPU" if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
+    note = f"{min(ours):.0f} s against {min(peer):.0f} for {TILES:,} tiles; {agree:.2%} of the codes equal"
     more = {"ours": ours, "peer": peer, "equal": agree}
-    name = f"`python -m saltray.predict`, a U-Net of {FILTERS} filters"
+    name = f"`python -m saltray.predict`, a U-Net of {FILTERS} filters, {device}"
     return [median(name, ratios, "x", at_least(1.0), note, **more)]
 
 

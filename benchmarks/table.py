@@ -101,7 +101,7 @@ def markdown(rows: Rows, before: Rows, environment: dict[str, Any]) -> str:
         f"({environment['cpu']}; {environment['gpu'] or 'no GPU'}), Python {environment['python']}, "
         f"{versions}. Written by that command, with `results/speed.json`, which has every run; rows of "
         "another commit were measured before. A ratio (x) is against the peer in the same run, above 1 where "
-        "saltray is faster if nothing else is said; figures are medians of runs in turn. "
-        '"before" is the last committed run.\n\n'
+        "saltray is faster if nothing else is said; figures are medians of runs in turn, where there are "
+        'several. "before" is the last committed run.\n\n'
     )
     return head + "\n".join(lines) + "\n"
