@@ -12,7 +12,7 @@ DIFFERENT = 300
 def write(folder: Path, train: int, test: int) -> Path:
     """Write a data set in the contest's layout, whose tiles repeat; return its folder."""
     few_train, few_test = max(10, min(DIFFERENT, train)), max(1, min(DIFFERENT, test))
-    data = demo.write(folder, train=few_train, test=few_test, seed=0)
+    data = demo.write(folder, demo.files(train=few_train, test=few_test, seed=0))
     depths = _read(data / "depths.csv")
     codes = _read(data / "train.csv")
     ids: dict[str, list[str]] = {"train": sorted(codes), "test": sorted(set(depths) - set(codes))}

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from saltray import local_ray
 from saltray.config import UserError
 
 
@@ -49,11 +50,11 @@ def _disk_full(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def prepare_to_join(address: str | None) -> None:
-    """Make a cluster's address usable; to be called before Ray is imported.
+def prepare_ray(address: str | None) -> None:
+    """Make a cluster's address usable, or let a Ray start on this machine.
 
-    Ray starts its clusters with the token in `~/.ray/auth_token`, but shows it to an address only when
-    RAY_AUTH_MODE says so, which it reads when it is imported.
+    To be called before Ray is imported. Ray starts its clusters with the token in `~/.ray/auth_token`, but
+    shows it to an address only when RAY_AUTH_MODE says so, which it reads when it is imported.
 
     Raises:
         UserError: nothing listens at the address; Ray itself would try for minutes.
@@ -61,6 +62,7 @@ def prepare_to_join(address: str | None) -> None:
     option = f"--address {address}" if address else ""
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
+        local_ray.begin()
         return
     if (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -3,15 +3,17 @@
 import contextlib
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.data
+from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.exceptions import RaySystemError
 
+from saltray import local_ray
 from saltray.config import UserError
 
 
@@ -19,19 +21,7 @@ class ConnectionFailed(UserError):
     """There is no Ray to work with."""
 
 
-SETTINGS = {
-    # While trials hold all CPUs, Ray ends idle processes after a second, and each epoch waits for new ones.
-    "RAY_idle_worker_killing_time_threshold_ms": "300000",
-    # Each trial is a thread, to which glibc gives a heap of its own: a process keeps what ended trials left,
-    # and such a heap gives freed memory back at once, which makes training slower (`saltray.network.cpu`).
-    "MALLOC_ARENA_MAX": "1",
-    # A stopped trial ends its data streams before its process takes the next trial. Where that takes longer,
-    # Ray Tune fails the next one and tells nobody: a slot is lost, and the search waits for it for ever.
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
-    # Ray Train fetches the results of several workers every two seconds: shorter epochs would wait for it.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-}
-"""Environment of Ray's processes, where the user has set no other; the cluster files set the same."""
+_local: list[local_ray.LocalRay] = []
 
 
 def connect(address: str | None, cpus: int | None = None) -> str:
@@ -47,16 +37,21 @@ def connect(address: str | None, cpus: int | None = None) -> str:
     """
     joins = address is not None or "RAY_ADDRESS" in os.environ
     try:
-        with contextlib.nullcontext() if joins else _local_environment():
-            context = ray.init(
-                address=address if joins else "local",
-                num_cpus=cpus,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                include_dashboard=None if joins else True,
-            )
-    except (ConnectionError, RaySystemError, ValueError) as error:
-        where = address or os.environ.get("RAY_ADDRESS", "this machine")
+        if joins:
+            context = _join(address)
+        else:
+            _local.append(local_ray.take(cpus))
+            started = _local[-1].address()
+            # This process shows Ray's token, as one does that starts a Ray itself.
+            enable_token_auth_by_default()
+            # Nor does such a Ray report to its makers how it is used, unless it is told to.
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            context = _join(started)
+    except (ConnectionError, RaySystemError, RuntimeError, ValueError) as error:
+        if not joins:
+            disconnect()
+            raise ConnectionFailed(f"Ray does not start on this machine: {error}") from None
+        where = address or os.environ["RAY_ADDRESS"]
         raise ConnectionFailed(
             f"no Ray cluster at {where}, or it wants another authentication token "
             f"(RAY_AUTH_MODE, ~/.ray/auth_token): {error}"
@@ -68,41 +63,15 @@ def connect(address: str | None, cpus: int | None = None) -> str:
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
-@contextlib.contextmanager
-def _local_environment() -> Iterator[None]:
-    """Set what the processes of a Ray on this machine need to know, while it starts.
-
-    Its address is fixed beforehand and told to all: where two Rays run on one machine, Ray Train's cleaner
-    does not know which is its own, and the placement group of a stopped trial is never freed. As a runtime
-    environment it would do as well, but each of Ray's processes would wait for an agent to set it up.
-    """
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
-    address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    # Trials import the saltray that this process imported.
-    source = str(Path(__file__).parents[1])
-    values = {
-        "RAY_GCS_SERVER_PORT": port,
-        "RAY_ADDRESS": f"{address}:{port}",
-        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")])),
-        **{name: os.environ.get(name, value) for name, value in SETTINGS.items()},
-    }
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def _join(address: str | None) -> Any:
+    return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def disconnect() -> None:
     """Leave the cluster; a Ray that was started here ends."""
     ray.shutdown()
+    while _local:
+        _local.pop().end()
 
 
 def nodes() -> list[dict[str, float]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saltray.cli import NewFile, located, prepare_to_join, run_program
+from saltray.cli import NewFile, located, prepare_ray, run_program
 from saltray.config import UserError, counted
 
 
@@ -30,7 +30,7 @@ def main(
     if threshold is not None and not 0 < threshold < 1:
         raise UserError(f"--threshold {threshold}: must lie between 0 and 1")
     file = NewFile(out)
-    prepare_to_join(address)
+    prepare_ray(address)
     from saltray import connection
     from saltray.contest import submission
     from saltray.data import dataset

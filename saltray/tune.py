@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from saltray.cli import bundled_space, located, parse_duration, prepare_to_join, run_program
+from saltray.cli import bundled_space, located, parse_duration, prepare_ray, run_program
 from saltray.config import DISK_FULL, Objective, Scheduler, Searcher, Split, UserError
 
 # Heavy imports wait until they are needed, so that --help answers at once.
@@ -175,7 +175,7 @@ def main(
 
     Without any argument: a demonstration on synthetic tiles, in less than five minutes on two CPU cores.
     """
-    prepare_to_join(address)
+    prepare_ray(address)
     from saltray.records import run, storage
     from saltray.records.study import without_password
     from saltray.sessions import session

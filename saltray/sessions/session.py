@@ -64,14 +64,17 @@ def start(
     before = run.fetched(settings.warm_start) if settings.warm_start else None
     other = _load_other(before) if before else None
     console = _console()
+    synthetic = {}
+    if settings.data == str(run.demo_data(folder)):
+        console.print("No --data: making synthetic seismic tiles.")
+        synthetic = demo.files(train=DEMO_TILES, test=200, seed=settings.seed)
     dashboard = _connect(console, address)
     try:
         summary.tell_busy(console)
         chosen = plan_for(console, settings, space)
         _probe(console, home)
-        if settings.data == str(run.demo_data(folder)):
-            console.print("No --data: making synthetic seismic tiles.")
-            demo.write(run.demo_data(folder).parent, train=DEMO_TILES, test=200, seed=settings.seed)
+        if synthetic:
+            demo.write(run.demo_data(folder).parent, synthetic)
         data, left_out = _read(console, home, settings)
         run.create(folder, space.path)
         with run.locked(folder), storage.Mirror(home) as mirror:
@@ -144,6 +147,7 @@ def _connect(console: Console, address: str | None) -> str:
         )
     with console.status("starting Ray"), connection.quiet(None):
         tracking.mlflow_client()  # where it is asked for and cannot be reached, this is told now
+        splitting.load()  # while Ray starts
         return connection.connect(address)
 
 

@@ -120,7 +120,7 @@ class Bench:
 
     def __init__(self, these: Hosts) -> None:
         self.hosts = these
-        self.data = demo.write(these.shared / "demo", train=160, test=10, seed=0)
+        self.data = demo.write(these.shared / "demo", demo.files(train=160, test=10, seed=0))
         for name, text in {
             "tiny": SPACE,
             "diverges": DIVERGES,

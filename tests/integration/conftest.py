@@ -35,6 +35,6 @@ def start() -> Iterator[type[Program]]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    demo.write(folder, train=30, test=6, seed=1)
+    demo.write(folder, demo.files(train=30, test=6, seed=1))
     (folder / "space.py").write_text(SPACE)
     return folder

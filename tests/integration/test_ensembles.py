@@ -40,7 +40,7 @@ def read(tiles: ray.data.Dataset) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def labelled(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> ray.data.Dataset:
-    data = demo.write(tmp_path_factory.mktemp("demo"), train=30, test=6, seed=3)
+    data = demo.write(tmp_path_factory.mktemp("demo"), demo.files(train=30, test=6, seed=3))
     table = dataset.read_train(dataset.open_folder(str(data)))
     fold = splitting.stratified_folds(table.rows["coverage"], 5, 1)
     parts = [dataset.decode(table.where(where))[0] for where in (fold != 0, fold == 0)]

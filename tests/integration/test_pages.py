@@ -17,7 +17,7 @@ WIDTHS = [1280, 390]
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("explore")
-    data = demo.write(folder, train=60, test=20, seed=0)
+    data = demo.write(folder, demo.files(train=60, test=20, seed=0))
     (data / "train" / "images" / "train000003.png").write_bytes(b"damaged")
     explore.main(str(data), out=str(folder / "explore.html"), seed=0)
     return folder / "explore.html"

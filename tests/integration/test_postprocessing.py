@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.write(tmp_path_factory.mktemp("demo"), train=24, test=4, seed=3)
+    return demo.write(tmp_path_factory.mktemp("demo"), demo.files(train=24, test=4, seed=3))
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ SPACE = Space(draw, [{"filters": 2, "learning_rate": 1e-2}], Path("space.py"))
 
 @pytest.fixture(scope="module")
 def tiles(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Tiles:
-    data = demo.write(tmp_path_factory.mktemp("tiles"), train=40, test=4, seed=3)
+    data = demo.write(tmp_path_factory.mktemp("tiles"), demo.files(train=40, test=4, seed=3))
     table = dataset.read_train(dataset.open_folder(str(data)))
     fold = splitting.stratified_folds(table.rows["coverage"], 4, 0)
     return Tiles.share(

@@ -61,7 +61,7 @@ def make_bucket(url: str, server: "subprocess.Popen[bytes]") -> None:
 
 
 def test_a_run_on_s3_is_read_written_and_resumed(start: type[Program], s3: str, tmp_path: Path) -> None:
-    data = demo.write(tmp_path, train=40, test=6, seed=0)
+    data = demo.write(tmp_path, demo.files(train=40, test=6, seed=0))
     pyarrow.fs.copy_files(str(data), f"{s3}/tgs")
     space = tmp_path / "tiny.py"
     space.write_text(SPACE)

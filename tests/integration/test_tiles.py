@@ -52,7 +52,7 @@ def small_blocks() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.write(tmp_path_factory.mktemp("demo"), train=TRAIN, test=5, seed=1)
+    return demo.write(tmp_path_factory.mktemp("demo"), demo.files(train=TRAIN, test=5, seed=1))
 
 
 @pytest.fixture

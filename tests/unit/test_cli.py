@@ -114,14 +114,14 @@ def test_an_address_in_the_environment_where_nothing_listens_is_told(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("HOME", str(tmp_path))  # with a token in it, RAY_AUTH_MODE would be set for all tests
     with pytest.raises(UserError, match=r"RAY_ADDRESS=127\.0\.0\.1:1 in the environment \(unset it"):
-        cli.prepare_to_join(None)
+        cli.prepare_ray(None)
 
 
 def test_joining_a_cluster_sets_no_keepalive_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the cluster has another, it ends every call that says nothing for a minute."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.delenv("RAY_grpc_client_keepalive_time_ms", raising=False)
-    cli.prepare_to_join("auto")
+    cli.prepare_ray("auto")
     assert "RAY_grpc_client_keepalive_time_ms" not in os.environ
 
 

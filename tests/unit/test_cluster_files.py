@@ -22,7 +22,7 @@ from ray.autoscaler._private.command_runner import SSHCommandRunner
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
-from saltray import connection
+from saltray import local_ray
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -437,7 +437,7 @@ def test_pods_that_work_have_rays_settings_too(group: str) -> None:
     job, *_ = yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text())
     groups = {g["groupName"]: g for g in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
     (container,) = groups[group]["template"]["spec"]["containers"]
-    assert {entry["name"]: entry["value"] for entry in container["env"]} == connection.SETTINGS
+    assert {entry["name"]: entry["value"] for entry in container["env"]} == local_ray.SETTINGS
 
 
 @pytest.mark.parametrize("name", RAY_UP)
@@ -447,7 +447,7 @@ def test_rays_settings_are_the_same_on_all_machines(name: str) -> None:
         start = " ".join(config[f"{kind}_start_ray_commands"])
         assert "RAY_grpc_client_keepalive_time_ms=11000" in start
         assert "RAY_grpc_client_keepalive_timeout_ms=10000" in start
-        for variable, value in connection.SETTINGS.items():
+        for variable, value in local_ray.SETTINGS.items():
             assert f"{variable}={value}" in start
 
 

@@ -31,7 +31,7 @@ TEST = [f"test{i:06d}" for i in range(12, 16)]
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.write(tmp_path_factory.mktemp("demo"), train=12, test=4, seed=3)
+    return demo.write(tmp_path_factory.mktemp("demo"), demo.files(train=12, test=4, seed=3))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from saltray.contest import rle, submission
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("demo")
-    assert demo.write(path, train=30, test=12, seed=4) == path / "data"
+    assert demo.write(path, demo.files(train=30, test=12, seed=4)) == path / "data"
     return path
 
 
@@ -70,9 +70,9 @@ def test_the_truth_is_apart_and_fits_the_test_tiles(folder: Path) -> None:
 
 
 def test_the_same_seed_writes_the_same_files(folder: Path, tmp_path: Path) -> None:
-    demo.write(tmp_path / "same", train=30, test=12, seed=4)
+    demo.write(tmp_path / "same", demo.files(train=30, test=12, seed=4))
     assert contents(tmp_path / "same") == contents(folder)
-    demo.write(tmp_path / "other", train=30, test=12, seed=5)
+    demo.write(tmp_path / "other", demo.files(train=30, test=12, seed=5))
     other, first = contents(tmp_path / "other"), contents(folder)
     assert other.keys() == first.keys()
     assert sum(other[name] == first[name] for name in other if "images" in name) == 0
@@ -113,7 +113,7 @@ def test_ricker_is_the_second_derivative_of_a_gaussian() -> None:
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path, existing: str) -> None:
     (tmp_path / existing).mkdir() if existing == "data" else (tmp_path / existing).write_text("mine")
     with pytest.raises(UserError, match="already there; choose another folder"):
-        demo.write(tmp_path, train=10, test=1, seed=0)
+        demo.write(tmp_path, demo.files(train=10, test=1, seed=0))
     assert [file.name for file in tmp_path.iterdir()] == [existing]
     assert existing == "data" or (tmp_path / existing).read_text() == "mine"
 
@@ -121,9 +121,9 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path, existing: 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/demo: cannot be written: "):
-        demo.write(tmp_path / "file" / "demo", train=10, test=1, seed=0)
+        demo.write(tmp_path / "file" / "demo", demo.files(train=10, test=1, seed=0))
 
 
 def test_another_file_in_the_folder_does_not_hinder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    assert demo.write(tmp_path, train=1, test=1, seed=0).is_dir()
+    assert demo.write(tmp_path, demo.files(train=1, test=1, seed=0)).is_dir()

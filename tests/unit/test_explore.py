@@ -20,7 +20,7 @@ from tests.unit.contrast import LEAST, contrasts
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.write(tmp_path_factory.mktemp("demo"), train=20, test=5, seed=1)
+    return demo.write(tmp_path_factory.mktemp("demo"), demo.files(train=20, test=5, seed=1))
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:

@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "saltray"
 LAYERS = """
 config
+local_ray ray_host
 cli connection
 
 contest: rle csvfile
@@ -83,7 +84,7 @@ FILES = {
 MODULES = list(FILES)
 FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in LEVEL if "." in name))
 WITHOUT_RAY = {
-    *("config", "cli", "demo", "score"),
+    *("config", "local_ray", "cli", "demo", "score"),
     *(name for name in MODULES if name.startswith(("contest.", "network."))),
     *("data.png", "data.augment", "training.checkpoint", "training.loop"),
     *("training.samples", "ensembles.ensemble", "records.study"),

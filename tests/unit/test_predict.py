@@ -23,7 +23,7 @@ class RayStarted(Exception):
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A survey without depths."""
-    folder = demo.write(tmp_path, train=10, test=4, seed=3)
+    folder = demo.write(tmp_path, demo.files(train=10, test=4, seed=3))
     (folder / "depths.csv").unlink()
     return folder
 

@@ -138,7 +138,7 @@ def test_too_few_groups_are_refused() -> None:
 
 
 def test_a_searchs_split_keeps_neighbours_together_bad_tiles_aside(tmp_path: Path) -> None:
-    folder = demo.write(tmp_path, train=60, test=1, seed=0)
+    folder = demo.write(tmp_path, demo.files(train=60, test=1, seed=0))
     tiles = mosaic(np.random.default_rng(2), 1, 8)
     for i, pixels in enumerate(tiles):
         Image.fromarray(pixels).save(folder / "train" / "images" / f"train{7 * i:06d}.png")

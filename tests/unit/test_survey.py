@@ -17,7 +17,7 @@ from saltray.data.dataset import DataError
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.write(tmp_path_factory.mktemp("demo"), train=30, test=6, seed=5)
+    return demo.write(tmp_path_factory.mktemp("demo"), demo.files(train=30, test=6, seed=5))
 
 
 @pytest.fixture

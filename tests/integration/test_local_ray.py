@@ -1,0 +1,74 @@
+"""The process that has a command's Ray, and that nothing of it outlives the command."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.integration.programs import ROOT
+
+CONNECTED = """
+from saltray import connection
+connection.connect(None, cpus=1)
+print("ready", flush=True)
+input()
+connection.disconnect()
+"""
+BEGUN = """
+import time
+from saltray import local_ray
+local_ray.begin()
+time.sleep(2)
+print("ready", flush=True)
+input()
+"""
+
+
+def start(program: str) -> "subprocess.Popen[str]":
+    command = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert command.stdout is not None
+    assert command.stdout.readline() == "ready\n"
+    return command
+
+
+def started_by(command: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """Return its process, and what Ray consists of so far."""
+    started: list[psutil.Process] = psutil.Process(command.pid).children(recursive=True)
+    assert len(started) > 2
+    return started
+
+
+@pytest.mark.parametrize(
+    ("program", "number"), [(CONNECTED, signal.SIGKILL), (BEGUN, signal.SIGINT)], ids=["killed", "not used"]
+)
+def test_no_process_of_its_ray_outlives_a_command(program: str, number: signal.Signals) -> None:
+    with start(program) as command:
+        started = started_by(command)
+        command.send_signal(number)
+        command.wait(60)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert alive == []
+
+
+def test_ctrl_c_is_for_the_command_alone() -> None:
+    """A search that is interrupted still needs its Ray, to write what it has."""
+    asks = "try: input()\nexcept KeyboardInterrupt: print(len(connection.nodes()), flush=True)"
+    with start(CONNECTED.replace("input()", asks)) as command:
+        assert command.stdout is not None
+        started = started_by(command)
+        os.killpg(command.pid, signal.SIGINT)  # as a terminal does
+        assert command.stdout.readline() == "1\n"
+        assert command.wait(60) == 0
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert alive == []
