@@ -6,8 +6,10 @@ do: Ray forks, which is not safe beside a thread that loads libraries.
 """
 
 import atexit
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -43,7 +45,7 @@ class LocalRay:
             stderr=subprocess.DEVNULL,
             env=os.environ | environment(),
             text=True,
-            # Ctrl-C is for the command, which still needs its Ray to end well.
+            # A group of its own. Ctrl-C is for the command, which still needs its Ray to end well.
             start_new_session=True,
         )
         self._started = False
@@ -66,12 +68,17 @@ class LocalRay:
         """End it, and wait until it has; one that nobody waited for is killed."""
         atexit.unregister(self.end)
         if not self._started:
-            self._process.kill()  # Linux then ends those that it started
+            self._kill()
         try:
             self._process.communicate(timeout=ENDING_SECONDS)  # the end of its input is what it waits for
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.communicate()
+
+    def _kill(self) -> None:
+        # With all that it has started: Ray's agents may miss that it is gone, and stay for ever.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 _begun: list[LocalRay] = []
