@@ -1,5 +1,6 @@
 """An epoch's stream of tiles: shuffled and augmented by Ray Data, taken in batches by torch."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -118,6 +119,9 @@ def epoch_stream(
         batch_size=None,
         zero_copy_batch=True,
         num_cpus=cpus_per_task,
+        # With small shares of CPUs that nobody holds, dozens of tasks would run at once. More than there are
+        # cores gain nothing, and each holds two blocks: sets larger than the store would be spilled anew.
+        compute=ray.data.TaskPoolStrategy(size=os.cpu_count()),
     )
     batches = stream.iter_torch_batches(
         batch_size=batch_size,

@@ -6,6 +6,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from saltray import demo
 from saltray.config import TILE, AugmentConfig
 from saltray.contest import rle
 from saltray.data import dataset
-from saltray.data.augment import generator
+from saltray.data.augment import Batch, generator
 from saltray.data.dataset import (
     DataError,
     Table,
@@ -338,6 +339,25 @@ def test_epochs_that_start_ahead_are_the_same_and_end_with_the_trial(tiles: Tile
 def executors() -> set[threading.Thread]:
     """Return the threads that Ray Data runs streams in."""
     return {thread for thread in threading.enumerate() if "StreamingExecutor" in thread.name}
+
+
+def test_no_more_tasks_augment_at_once_than_there_are_cores(
+    tiles: Tiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set larger than the object store would be written to the disk and read again without end."""
+
+    def slow(batch: Batch, config: AugmentConfig, seed: int, epoch: int) -> Batch:
+        began = time.time()
+        time.sleep(0.8)  # long enough for further processes to start, were they asked for
+        (tmp_path / f"{began}").write_text(f"{time.time()}")
+        return batch
+
+    monkeypatch.setattr("saltray.data.stream.augment_for_training", slow)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert sum(len(batch["image"]) for batch in stream(tiles)) == TRAIN
+    spans = sorted((float(file.name), float(file.read_text())) for file in tmp_path.iterdir())
+    assert len(spans) == -(-TRAIN // dataset.TILES_PER_BLOCK)
+    assert all(ended <= began for (_, ended), (began, _) in pairwise(spans))
 
 
 @pytest.mark.parametrize(("flip", "expected"), [(0.0, False), (1.0, True)])
