@@ -149,20 +149,19 @@ def find_neighbours(images: npt.NDArray[np.uint8]) -> Ints:
     return np.unique(np.concatenate(found), axis=0)
 
 
-def cut_off(validation: npt.NDArray[np.uint8], training: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Tell which validation tiles have a neighbour among the training tiles (`find_neighbours`).
+def beside_others(images: npt.NDArray[np.uint8], part: Ints) -> npt.NDArray[np.bool_]:
+    """Tell which tiles have a neighbour in another part (`find_neighbours`).
 
     Args:
-        validation: images, uint8 (tiles, height, width).
-        training: likewise.
+        images: uint8 (tiles, height, width).
+        part: of each tile, int64 (tiles,), such as its fold.
 
     Returns:
-        bool (validation tiles,).
+        bool (tiles,).
     """
-    pairs = find_neighbours(np.concatenate([validation, training]))
-    inside = pairs < len(validation)
-    found = np.zeros(len(validation), np.bool_)
-    found[pairs[inside & ~inside[:, ::-1]]] = True
+    pairs = find_neighbours(images)
+    found = np.zeros(len(images), np.bool_)
+    found[pairs[part[pairs[:, 0]] != part[pairs[:, 1]]]] = True
     return found
 
 

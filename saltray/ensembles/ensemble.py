@@ -65,8 +65,10 @@ class Selection:
     chosen: Postprocessing
     scores: dict[str, float]
     """At every candidate threshold under the rest of the choice, on the tiles that chose it."""
+    by_tile: npt.NDArray[np.float64]
+    """Cross-fitted, (tiles,): each tile's score by what the other folds chose."""
     by_fold: list[float]
-    """Cross-fitted: each fold's score by what the other folds chose."""
+    """The mean of these over each fold."""
     picks_by_fold: list[Picks]
     """What the other folds chose."""
     candidates: list[list[float]]
@@ -98,13 +100,13 @@ def choose(known: OutOfFold) -> Selection:
     scores, counts = cache(partial(tile_scores, known)), cache(partial(overlaps, known))
     number, salt = len(known.probability), known.truth.sum(axis=(1, 2))
     folds = [known.fold == fold for fold in np.unique(known.fold)]
-    by_fold, picks_by_fold = [], []
+    by_tile, picks_by_fold = np.zeros(len(salt)), []
     for inside in folds:
         picks, _ = select(scores, number, ~inside)
         intersection, union = counts(picks)
         chosen, _ = postprocessing.choose(intersection[~inside], union[~inside], salt[~inside])
         kept = postprocessing.apply(chosen, intersection[inside], union[inside], salt[inside])
-        by_fold.append(float(metrics.precision(*kept).mean()))
+        by_tile[inside] = metrics.precision(*kept)
         picks_by_fold.append(picks)
     picks, path = select(scores, number, np.ones(len(salt), bool))
     chosen, by_threshold = postprocessing.choose(*counts(picks), salt)
@@ -114,7 +116,8 @@ def choose(known: OutOfFold) -> Selection:
         path,
         chosen,
         by_threshold,
-        by_fold,
+        by_tile,
+        [float(by_tile[inside].mean()) for inside in folds],
         picks_by_fold,
         [[float(scores(one)[inside].mean()) for inside in folds] for one in alone],
     )

@@ -64,6 +64,7 @@ def write_card(bundle: Path) -> None:
         in_sample=facts["in_sample"],
         cross_fitted=facts["cross_fitted"],
         spread=facts["spread"],
+        lone=_LONE.format(**facts["lone"]) if "lone" in facts else "",
         chosen=chosen,
         pseudo=_PSEUDO if facts.get("pseudo_labels", {}).get("used") else "",
     )
@@ -76,6 +77,10 @@ labelled tiles, and each tile is judged by the models that never saw it. What th
 
 _ON_VALIDATION = """The models are those that the search kept, judged on its validation tiles. Their epochs
 were chosen on these tiles as well, so that even the cross-fitted score is too high."""
+
+_LONE = """\
+| likewise, on those {tiles:,} that lie beside no tile of their models' training | {map:.4f} |
+"""
 
 _PSEUDO = """\
 - Pseudo-labelled test tiles were learnt too: by the configurations that were chosen without them, and
@@ -108,7 +113,7 @@ configurations (Caruana et al. 2004).
 | as this ensemble is used: {chosen} | score |
 |---|---|
 | cross-fitted, mean and standard deviation over the folds | {cross_fitted:.4f} ± {spread:.4f} |
-| on the tiles that members and postprocessing were chosen on | {in_sample:.4f} |
+{lone}| on the tiles that members and postprocessing were chosen on | {in_sample:.4f} |
 
 Cross-fitted: each fold is scored with the members and the postprocessing that the other folds chose.
 

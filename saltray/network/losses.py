@@ -39,10 +39,11 @@ def bce(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def bce_dice(logits: Tensor, masks: Tensor) -> Tensor:
-    """Binary cross-entropy plus the soft Dice loss (Milletari et al. 2016, arXiv:1606.04797).
+    """Binary cross-entropy plus the soft Dice loss.
 
-    Dice is taken tile by tile, with one pixel added to both sides of its quotient, so that an empty tile
-    counts as right where nothing is predicted.
+    The sums themselves are in Dice's denominator (Drozdzal et al. 2016, arXiv:1608.04117), not those of
+    squares (Milletari et al. 2016, arXiv:1606.04797). It is taken tile by tile, with one pixel added to both
+    sides of its quotient, so that an empty tile counts as right where nothing is predicted.
     """
     salt = torch.sigmoid(logits)
     overlap, total = (salt * masks).sum(dim=(1, 2)), (salt + masks).sum(dim=(1, 2))

@@ -73,12 +73,20 @@ def _facts(facts: dict[str, Any]) -> dict[str, str]:
     rows = {
         "cross-fitted mAP": f"{facts['cross_fitted']:.4f} ± {facts['spread']:.4f}: members and "
         f"postprocessing chosen on the other folds; mean and standard deviation over the folds ({folds})",
+        **_lone(facts),
         "in sample": f"{facts['in_sample']:.4f}, on the tiles that they were chosen on",
         "postprocessing": str(Postprocessing.of(facts)),
     }
     if "pseudo_labels" in facts:
         rows["pseudo-labels"] = _pseudo_labels_in_full(facts["pseudo_labels"])
     return rows
+
+
+def _lone(facts: dict[str, Any]) -> dict[str, str]:
+    if not (lone := facts.get("lone")):
+        return {}
+    words = f"{lone['map']:.4f}, likewise, on those {lone['tiles']:,} tiles that have no neighbour, "
+    return {"on lone tiles": words + "as far as edges tell, among those that their models trained on"}
 
 
 def _pseudo_labels_in_full(facts: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from saltray.records.study import REFITS, best_trials, count, keep_trials_at
 from saltray.search import search
 from saltray.search.limits import Limits, ended_without_gain
 from saltray.search.plan import Plan, plan
-from saltray.sessions import tracking
+from saltray.sessions import outcome, tracking
 from saltray.sessions.view import LiveView
 from saltray.training import checkpoint
 from saltray.training.trial import Tiles
@@ -64,6 +64,8 @@ class Chosen(NamedTuple):
 
     candidates: list[Candidate]
     selection: Selection
+    lone: dict[str, Any]
+    """`lone`, as `outcome.lone_score` tells it; the score is cross-fitted."""
 
 
 def run_all(job: Job) -> dict[str, Any]:
@@ -183,7 +185,9 @@ def _choose(job: Job, parts: Sequence[ray.data.Dataset], candidates: list[Candid
     log = job.mirror.home.folder / "logs" / "predict.log"
     with job.console.status("choosing the ensemble"), connection.quiet(log):
         known = outoffold.predict(parts, candidates, job.settings.seed, job.settings.gpus)
-        return Chosen(candidates, ensemble.choose(known))
+        selection = ensemble.choose(known)
+        beside = [job.data.training] if len(parts) == 1 else []  # of whom nobody is judged
+        return Chosen(candidates, selection, outcome.lone_score([*parts, *beside], selection.by_tile))
 
 
 def _relabel(
@@ -276,7 +280,7 @@ def label_for(
 
 def describe(job: Job, chosen: Chosen) -> dict[str, Any]:
     """Return what is told of an ensemble: its members, and their way into it."""
-    candidates, selection = chosen
+    candidates, selection, lone = chosen
     total = sum(selection.picks)
     return {
         "folds": job.settings.folds,
@@ -284,6 +288,7 @@ def describe(job: Job, chosen: Chosen) -> dict[str, Any]:
         "cross_fitted": selection.cross_fitted,
         "spread": selection.spread,
         "by_fold": selection.by_fold,
+        **lone,
         "scores": selection.scores,
         "candidates": [
             {"name": c.name, "trial": c.trial, "weight": times / total, "by_fold": by_fold}
@@ -324,6 +329,10 @@ def in_words(facts: dict[str, Any]) -> dict[str, str]:
             f"[bold]{facts['cross_fitted']:.4f}[/] ± {facts['spread']:.4f} cross-fitted on {where} "
             f"({folds}); {facts['in_sample']:.4f} {Postprocessing.of(facts)}, where that was chosen"
         )
+        if lone := facts.get("lone"):
+            lines["on lone tiles"] = (
+                f"{lone['map']:.4f} likewise, on those {lone['tiles']:,} without a neighbour in training"
+            )
         if "pseudo_labels" in facts:
             lines["pseudo-labels"] = pseudo.in_words(facts["pseudo_labels"])
     left = [f"{facts[name]} {name}" for name in ("waiting", "failed") if facts.get(name)]

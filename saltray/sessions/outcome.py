@@ -1,11 +1,13 @@
 """What a search comes to: the best model with its postprocessing, in `best/`, and its submission."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import optuna
-import pandas as pd
 import ray.data
 from optuna.trial import FrozenTrial
 
@@ -57,7 +59,8 @@ def publish_best(
         model, data.validation, chosen, validation.choose_examples(table, EXAMPLES), gpus
     )
     facts = asdict(chosen) | {"validation_map": scores[f"{chosen.threshold:.2f}"], "scores": scores}
-    facts |= lone_score(data.training, data.validation, table)
+    by_tile = table.set_index("id")["precision"].loc[folds.gather(data.validation, "id")[0]]
+    facts |= lone_score([data.validation, data.training], by_tile.to_numpy())
     tiles = bundle.describe_tiles(data.training.count(), table["coverage"])
     bundle.add_metrics(model, {"trial": best.number, "tiles": tiles} | facts)
     validation.write(folder, table, gallery)
@@ -73,26 +76,24 @@ def publish_best(
     return best, facts | words
 
 
-def lone_score(
-    training: ray.data.Dataset, validated: ray.data.Dataset, table: pd.DataFrame
-) -> dict[str, Any]:
-    """Score the validation tiles that have no neighbour in training, whose scores nothing flatters.
+def lone_score(parts: Sequence[ray.data.Dataset], scores: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Score the tiles that have no neighbour in another part, whose scores nothing flatters.
 
     Args:
-        training: tiles.
-        validated: tiles.
-        table: their results, as `validation.tabulate` makes it.
+        parts: tiles; none of a part was seen by the models that it is judged by, all others may have been.
+        scores: of the first of these tiles, in their order, float64 (tiles that are judged,).
 
     Returns:
         `lone`, their number `tiles` and their mean score `map`; nothing where all or none are so, or where
         there are more than `splitting.MOST_COMPARED` tiles.
     """
-    if training.count() + validated.count() > splitting.MOST_COMPARED:
+    counts = [part.count() for part in parts]
+    if sum(counts) > splitting.MOST_COMPARED:
         return {}
-    ids, images = folds.gather(validated, "id", "image")
-    cut = ids[splitting.cut_off(images, *folds.gather(training, "image"))]
-    alone = table["precision"][~table["id"].isin(cut)]
-    return {"lone": {"tiles": len(alone), "map": float(alone.mean())}} if len(cut) and len(alone) else {}
+    images = np.concatenate([folds.gather(part, "image")[0] for part in parts])
+    beside = splitting.beside_others(images, np.repeat(np.arange(len(parts)), counts))[: len(scores)]
+    alone = scores[~beside]
+    return {"lone": {"tiles": len(alone), "map": float(alone.mean())}} if 0 < len(alone) < len(scores) else {}
 
 
 def _stage(folder: Path, study: optuna.Study) -> tuple[FrozenTrial, Path]:

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -123,8 +122,12 @@ def test_the_score_away_from_the_training_tiles(data: Path, tmp_path: Path) -> N
     rows = dataset.read_train(dataset.open_folder(str(folder)))
     trains = np.arange(len(names)) < 12
     training, validated = (dataset.decode(rows.where(part))[0] for part in (trains, ~trains))
-    table = pd.DataFrame({"id": rows.rows["id"][~trains][::-1], "precision": np.linspace(0, 1, 12)})
-    found = outcome.lone_score(training, validated, table)
-    assert found == {"lone": {"tiles": 11, "map": pytest.approx(np.linspace(0, 1, 12)[1:].mean())}}
+    scores = np.linspace(0, 1, 24)
+    # The last tile validates and is no lone one; as folds, the first is none either.
+    judged, both = outcome.lone_score([validated, training], scores[:12]), [training, validated]
+    assert judged == {"lone": {"tiles": 11, "map": pytest.approx(scores[:11].mean())}}
+    assert outcome.lone_score(both, scores) == {
+        "lone": {"tiles": 22, "map": pytest.approx(scores[1:-1].mean())}
+    }
     few, _ = dataset.decode(rows.where(~trains & (rows.rows["id"] != Path(names[-1]).stem)))
-    assert outcome.lone_score(training, few, table) == {}
+    assert outcome.lone_score([few, training], scores[:11]) == {}

@@ -118,6 +118,9 @@ def test_the_end_table_tells_of_the_ensemble() -> None:
     assert told["ensemble"] == "4 models, by weight of trial 3 (1.00)"
     assert "0.7500[/] ± 0.0707 cross-fitted on 2 folds, out of fold (0.7000, 0.8000)" in told["its mAP"]
     assert "at probability 0.52, in the mean with the mirrored tile" in told["its mAP"]
+    assert "on lone tiles" not in told
+    alone = blend.in_words(facts | {"lone": {"tiles": 2951, "map": 0.74321}})["on lone tiles"]
+    assert alone == "0.7432 likewise, on those 2,951 without a neighbour in training"
     assert told["pseudo-labels"] == "not used: cross-fitted 0.7400 with them, 0.7500 without"
     unsure = {"finished": True, "tiles": [0, 0], "used": False}
     assert blend.in_words(facts | {"pseudo_labels": unsure})["pseudo-labels"].startswith("none")

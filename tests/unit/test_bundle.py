@@ -200,6 +200,12 @@ def test_the_cards_tell_what_the_split_does_with_neighbours(
     bundle.add_metrics(folder, facts)
     ensemble_bundle.write_card(folder)
     ensemble = (folder / bundle.CARD).read_text()
+    bundle.add_metrics(folder, {"lone": {"tiles": 2951, "map": 0.59876}})
+    ensemble_bundle.write_card(folder)
+    added = {*(folder / bundle.CARD).read_text().splitlines()} - {*ensemble.splitlines()}
+    assert added == {
+        "| likewise, on those 2,951 that lie beside no tile of their models' training | 0.5988 |"
+    }
     for card in (best, ensemble):
         assert f"- {splitting.NEIGHBOURS[split]}" in " ".join(card.split())
         assert ("flatters the score on the other" in " ".join(card.split())) == flatters

@@ -93,7 +93,8 @@ def test_postprocessing_is_that_of_the_mean_and_each_fold_is_scored_by_the_other
         rest = OutOfFold(known.probability[:, :, others], known.truth[others], known.fold[others])
         counts = ensemble.overlaps(rest, picks)
         chosen, _ = postprocessing.choose(*counts, rest.truth.sum(axis=(1, 2)))
-        assert found.by_fold[fold] == pytest.approx(scored(known, picks, chosen)[here].mean())
+        assert found.by_tile[here] == pytest.approx(scored(known, picks, chosen)[here])
+        assert found.by_fold[fold] == pytest.approx(found.by_tile[here].mean())
     assert found.cross_fitted == pytest.approx(np.mean(found.by_fold))
     assert found.spread == pytest.approx(np.std(found.by_fold, ddof=1))
 

@@ -267,6 +267,38 @@ def test_mixup_mixes_the_depths_as_well(tmp_path: Path, monkeypatch: pytest.Monk
     torch.testing.assert_close(seen[0], torch.zeros(3), atol=1e-3, rtol=0)
 
 
+def test_mixup_mixes_the_losses_as_it_mixed_the_images() -> None:
+    """A tile that is three quarters of an image counts against that image's mask for three quarters."""
+    seen: list[torch.Tensor] = []
+
+    class Watching(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, images: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:
+            seen.append(images.mean(dim=(1, 2, 3)) * 255)
+            return images[:, 0] * self.weight
+
+    config = TrialConfig.from_dict({"augment": {"mixup": 0.4}})
+    learner = loop.Learner.new(config, CPU, steps=1)
+    bright = torch.tensor([10, 250], dtype=torch.uint8)
+    masks = torch.stack([torch.zeros(101, 101), torch.ones(101, 101)]).to(torch.uint8)
+    tiles = {"image": bright[:, None, None].expand(-1, 101, 101), "mask": masks}
+    for seed in range(20):  # until the two are partners, and in unlike shares
+        torch.manual_seed(seed)
+        loss, _ = loop.train_epoch(learner, Watching(), [tiles], 1, [])
+        # A pixel's truth is the share of the salt tile in the image that it lies in.
+        truth = (seen[-1] - 10) / 240
+        if 0.01 < truth[0] < 0.99 and (truth[0] - 0.5).abs() > 0.1:
+            break
+    else:
+        pytest.fail("no such draw")
+    logits = seen[-1] / 255
+    expected = -(truth * logits.sigmoid().log() + (1 - truth) * (-logits).sigmoid().log()).mean()
+    assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_resumed_trial_goes_on_as_an_uninterrupted_one(tmp_path: Path, stop_after: int) -> None:
     whole, cut, rest = (

@@ -87,6 +87,20 @@ def test_dice_of_sure_predictions_agrees_with_scikit_learn() -> None:
     assert float(bce_dice(sure, masks) - bce(sure, masks)) == pytest.approx(np.mean(expected), rel=1e-4)
 
 
+def test_dice_of_unsure_predictions_agrees_with_its_formula() -> None:
+    """Where probabilities are 0 or 1, sums and sums of squares are one; here they are not."""
+    logits, masks = example()
+    losses = []
+    for scores, mask in zip(logits.double().flatten(1).tolist(), masks.flatten(1).tolist(), strict=True):
+        overlap = total = 0.0
+        for score, truth in zip(scores, mask, strict=True):
+            salt = 1 / (1 + np.exp(-score))
+            overlap += salt * truth
+            total += salt + truth
+        losses.append(1 - (2 * overlap + 1) / (total + 1))
+    assert float(bce_dice(logits, masks) - bce(logits, masks)) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 2.0, 3.5])
 def test_focal_agrees_with_its_formula(gamma: float) -> None:
     logits, masks = example()

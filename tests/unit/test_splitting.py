@@ -14,7 +14,7 @@ from saltray import demo
 from saltray.config import TILE, Split
 from saltray.data import dataset, splitting
 from saltray.data.dataset import DataError
-from saltray.data.splitting import cut_off, find_neighbours, groups_of, read_groups, stratified_folds
+from saltray.data.splitting import beside_others, find_neighbours, groups_of, read_groups, stratified_folds
 
 
 def spread(values: npt.NDArray[np.generic] | list[int]) -> int:
@@ -104,13 +104,14 @@ def test_too_few_tiles_have_no_neighbours(tiles: int) -> None:
     assert find_neighbours(np.zeros((tiles, TILE, TILE), np.uint8)).shape == (0, 2)
 
 
-def test_validation_tiles_beside_training_tiles_are_told() -> None:
+def test_tiles_beside_those_of_another_part_are_told() -> None:
     rng = np.random.default_rng(0)
     row, lone = mosaic(rng, 1, 5), np.stack([demo.tile(rng)[0] for _ in range(6)])
-    # The row's first two tiles are neighbours, but both validate; its last three train.
-    validation, training = np.concatenate([lone[:3], row[:2]]), np.concatenate([row[2:], lone[3:]])
-    assert cut_off(validation, training).tolist() == [False, False, False, False, True]
-    assert not cut_off(lone[:3], lone[3:]).any()
+    tiles = np.concatenate([lone, row])
+    # The row's first two tiles are neighbours, but of one part, as are the third and the fourth.
+    part = np.array([0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2])
+    assert beside_others(tiles, part).tolist() == [False] * 6 + [False, True, True, True, True]
+    assert not beside_others(lone, part[:6]).any()
 
 
 def test_pairs_join_groups() -> None:
