@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import ray.data
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
-from ray.exceptions import RaySystemError
+from ray.exceptions import RayError
 
 from saltray import local_ray
 from saltray.config import UserError
@@ -47,7 +47,7 @@ def connect(address: str | None, cpus: int | None = None) -> str:
             # Nor does such a Ray report to its makers how it is used, unless it is told to.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             context = _join(started)
-    except (ConnectionError, RaySystemError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         if not joins:
             disconnect()
             raise ConnectionFailed(f"Ray does not start on this machine: {error}") from None

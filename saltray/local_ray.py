@@ -10,9 +10,10 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 SETTINGS = {
@@ -38,14 +39,16 @@ class LocalRay:
 
     def __init__(self, cpus: int | None) -> None:
         """Let it start; `address` waits for it."""
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "saltray.ray_host", *([] if cpus is None else [str(cpus)])],
+            # -P: of the folder that the command is started in, nothing is imported.
+            [sys.executable, "-P", "-m", "saltray.ray_host", *([] if cpus is None else [str(cpus)])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             env=os.environ | environment(),
             text=True,
-            # A group of its own. Ctrl-C is for the command, which still needs its Ray to end well.
+            # A session of its own. Ctrl-C is for the command, which still needs its Ray to end well.
             start_new_session=True,
         )
         self._started = False
@@ -58,7 +61,8 @@ class LocalRay:
             RuntimeError: it could not start.
         """
         assert self._process.stdout is not None
-        said = json.loads(self._process.stdout.readline() or '{"error": "its process ended"}')
+        answer = self._process.stdout.readline()
+        said = json.loads(answer) if answer else {"error": self._last_words()}
         if "error" in said:
             raise RuntimeError(said["error"])
         self._started = True
@@ -67,49 +71,71 @@ class LocalRay:
     def end(self) -> None:
         """End it, and wait until it has; one that nobody waited for is killed."""
         atexit.unregister(self.end)
-        if not self._started:
+        if not self._started or self._is_dead():
             self._kill()
         try:
             self._process.communicate(timeout=ENDING_SECONDS)  # the end of its input is what it waits for
         except subprocess.TimeoutExpired:
             self._kill()
             self._process.communicate()
+        self._errors.close()
+
+    def _last_words(self) -> str:
+        self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return f"its process ended with code {self._process.returncode}: {last}"
+
+    def _is_dead(self) -> bool:
+        """Tell whether it has ended by itself; its number stays its own until it is waited for."""
+        return self._process.returncode is not None or bool(
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        )
 
     def _kill(self) -> None:
-        # With all that it has started: Ray's agents may miss that it is gone, and stay for ever.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """Kill all of its session: Ray's workers and agents may miss that it is gone, and stay."""
+        while members := _living(self._process.pid):
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+
+def _living(session: int) -> list[int]:
+    """Return the processes of a session that have not ended, by Linux's table of all."""
+    living = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(ValueError, OSError):
+            # Behind the name, which may hold anything: state, parent, group, session.
+            state, _, _, its = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(its) == session and state not in "ZX":
+                living.append(int(entry.name))
+    return living
 
 
 _begun: list[LocalRay] = []
 
 
-def begin(cpus: int | None = None) -> None:
-    """Let a Ray start on this machine, for `take` to have later; by default with all CPUs."""
-    _begun.append(LocalRay(cpus))
+def begin() -> None:
+    """Let a Ray with all CPUs start on this machine, for `take` to have later."""
+    _begun.append(LocalRay(None))
 
 
 def take(cpus: int | None = None) -> LocalRay:
-    """Return the Ray that has begun to start, or begin now."""
-    if not _begun:
-        begin(cpus)
-    return _begun.pop()
+    """Return the Ray that has begun to start, or begin now where there is none or so many CPUs are wanted."""
+    return _begun.pop() if _begun and cpus is None else LocalRay(cpus)
 
 
 def environment() -> dict[str, str]:
     """Return what all processes of a Ray on this machine need to know.
 
-    Its address is fixed beforehand and told to all: where two Rays run on one machine, Ray Train's cleaner
-    does not know which is its own, and the placement group of a stopped trial is never freed. As a runtime
-    environment it would do as well, but each of Ray's processes would wait for an agent to set it up.
+    As a runtime environment it would do as well, but each of Ray's processes would wait for an agent to set
+    it up.
     """
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
     # Trials import the saltray that this process imported.
     source = str(Path(__file__).parents[1])
     return {
-        "RAY_GCS_SERVER_PORT": port,
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")])),
         **{name: os.environ.get(name, value) for name, value in SETTINGS.items()},
     }

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import sys
 from typing import IO
 
@@ -18,8 +19,13 @@ def serve(cpus: int | None, answer: IO[str], until: IO[str]) -> None:
         answer: gets the line: `{"address": ..}` or `{"error": ..}`.
         until: ends when the command does.
     """
+    # Its address is fixed beforehand and told to all its processes: where two Rays run on one machine, Ray
+    # Train's cleaner does not know which is its own, and the placement group of a stopped trial stays.
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
     address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    os.environ["RAY_ADDRESS"] = f"{address}:{os.environ['RAY_GCS_SERVER_PORT']}"
+    os.environ |= {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{address}:{port}"}
     try:
         ray.init(
             address="local",

@@ -1,6 +1,5 @@
 """An epoch's stream of tiles: shuffled and augmented by Ray Data, taken in batches by torch."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -113,6 +112,7 @@ def epoch_stream(
     The last batch may be smaller. Batches lie on the device: left to itself, Ray Data would take any GPU
     that it sees.
     """
+    cores = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
     order = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     stream = tiles.randomize_block_order(seed=order).map_batches(
         partial(augment_for_training, config=config, seed=seed, epoch=epoch),
@@ -121,7 +121,7 @@ def epoch_stream(
         num_cpus=cpus_per_task,
         # With small shares of CPUs that nobody holds, dozens of tasks would run at once. More than there are
         # cores gain nothing, and each holds two blocks: sets larger than the store would be spilled anew.
-        compute=ray.data.TaskPoolStrategy(size=os.cpu_count()),
+        compute=ray.data.TaskPoolStrategy(size=max(1, int(cores))),
     )
     batches = stream.iter_torch_batches(
         batch_size=batch_size,

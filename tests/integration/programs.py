@@ -67,7 +67,7 @@ class Program:
             time.sleep(0.5)
 
     def end(self) -> str:
-        """Kill it, with all that it started; return what it told and was not read yet."""
+        """Kill it, and its Ray ends by itself; return what it told and was not read yet."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         assert self.process.stdout is not None

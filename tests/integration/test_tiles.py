@@ -353,7 +353,7 @@ def test_no_more_tasks_augment_at_once_than_there_are_cores(
         return batch
 
     monkeypatch.setattr("saltray.data.stream.augment_for_training", slow)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.5})
     assert sum(len(batch["image"]) for batch in stream(tiles)) == TRAIN
     spans = sorted((float(file.name), float(file.read_text())) for file in tmp_path.iterdir())
     assert len(spans) == -(-TRAIN // dataset.TILES_PER_BLOCK)

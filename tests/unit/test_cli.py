@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from saltray import cli, demo, score
+from saltray import cli, demo, local_ray, score
 from saltray.config import UserError
 from saltray.contest.submission import SubmissionError
 
@@ -115,6 +115,20 @@ def test_an_address_in_the_environment_where_nothing_listens_is_told(
     monkeypatch.setenv("HOME", str(tmp_path))  # with a token in it, RAY_AUTH_MODE would be set for all tests
     with pytest.raises(UserError, match=r"RAY_ADDRESS=127\.0\.0\.1:1 in the environment \(unset it"):
         cli.prepare_ray(None)
+
+
+def test_a_ray_begins_where_none_is_to_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[bool] = []
+    monkeypatch.setattr(local_ray, "begin", lambda: begun.append(True))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cli.prepare_ray("auto")
+    assert not begun
+    cli.prepare_ray(None)
+    assert begun
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    cli.prepare_ray(None)
+    assert len(begun) == 1
 
 
 def test_joining_a_cluster_sets_no_keepalive_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

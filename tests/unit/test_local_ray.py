@@ -29,11 +29,11 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_that_ends_at_once_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "python"
-    program.write_text("#!/bin/sh\nexit 1\n")
+    program.write_text("#!/bin/sh\necho no such module >&2\nexit 3\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     started = local_ray.LocalRay(None)
-    with pytest.raises(RuntimeError, match="its process ended"):
+    with pytest.raises(RuntimeError, match="its process ended with code 3: no such module"):
         started.address()
     started.end()
 
@@ -43,8 +43,8 @@ def test_why_ray_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError("/tmp/ray: no room")
 
     monkeypatch.setattr(ray, "init", refuse)
-    monkeypatch.setenv("RAY_GCS_SERVER_PORT", "1")
-    monkeypatch.setenv("RAY_ADDRESS", "")
+    for name in ("RAY_GCS_SERVER_PORT", "RAY_ADDRESS"):
+        monkeypatch.setenv(name, "")  # to be as it was afterwards
     answer = io.StringIO()
     ray_host.serve(None, answer, io.StringIO())
     assert json.loads(answer.getvalue()) == {"error": "OSError: /tmp/ray: no room"}
