@@ -51,7 +51,7 @@ GROUPS = {
 
 def run_group(name: str) -> table.Rows:
     """Measure a group in a process of its own; a failure is a row that says why."""
-    from saltray.connection import SETTINGS
+    from saltray.local_ray import SETTINGS
 
     with tempfile.TemporaryDirectory(prefix="speed-", ignore_cleanup_errors=True) as scratch:
         out, log = Path(scratch) / "rows.json", Path(scratch) / "log"

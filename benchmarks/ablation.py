@@ -255,7 +255,7 @@ def run_all(
 ) -> None:
     """Run what is left, as many at once as fit; write the results after each."""
     asked = placed.resources.training()
-    task = ray.remote(num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), max_retries=1)(measure)
+    task: Any = ray.remote(num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), max_retries=1)(measure)
     settings, queue, running = content["settings"], list(waiting), dict[Any, tuple[str, int]]()
     while queue or running:
         while queue and len(running) < placed.concurrency:

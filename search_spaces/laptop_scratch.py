@@ -7,8 +7,8 @@ validation mAP of 0.805, postprocessed 0.817, chosen on the same tiles, and 0.81
 training tile (`benchmarks/results/hour_scratch_cpu.json`).
 
 It has what gained in `benchmarks/results/ablation_scratch.md` (padding, no dropout, BCE with
-Dice, scSE, clipped gradients), but for group normalisation, and what should pay in longer trainings:
-augmentation, Lovász at the end, decay, an average of the weights.
+Dice, scSE, clipped gradients), but for group normalisation and the stochastic average, which further trials
+draw, and what should pay in longer trainings: augmentation, Lovász at the end, decay, an exponential average.
 """
 
 from typing import Any
@@ -30,6 +30,7 @@ FIRST = {
     "learning_rate": 2e-3,
     "weight_decay": 2e-2,
     "schedule": "one_cycle",
+    "average": "ema",
     "move": 0.5,
     "tone": 0.5,
     "batch_size": 16,
@@ -66,7 +67,7 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
             "learning_rate": trial.suggest_float("learning_rate", 3e-4, 5e-3, log=True),
             "weight_decay": trial.suggest_float("weight_decay", 1e-3, 5e-1, log=True),
             "schedule": trial.suggest_categorical("schedule", ["cosine", "one_cycle"]),
-            "average": "ema",
+            "average": trial.suggest_categorical("average", ["ema", "swa"]),
             "clip_norm": 1.0,
         },
         "augment": {

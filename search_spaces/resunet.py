@@ -5,7 +5,8 @@
 The first trial is the baseline; it trained 33 tiles a second on two cores of an AMD EPYC (60a86c3). The
 command is for a GPU; its score is not measured. Four trials of up to twelve epochs reached a validation mAP
 of 0.598, postprocessed 0.658, chosen on the same tiles, in 56 minutes of two crowded cores of an AMD EPYC
-(`benchmarks/results/search_resunet_cpu.json`); the baseline was stopped early, at 0.465 after nine.
+(`benchmarks/results/search_resunet_cpu.json`; with `--trials 6 --epochs 12 --time-budget 55m`); the baseline
+was stopped early, at 0.465 after nine.
 """
 
 from typing import Any

@@ -2,9 +2,11 @@
 
     python -m saltray.tune --data DIR --space search_spaces/unet.py --trials 30 --epochs 50
 
-The first trial is the baseline. The command is for a GPU; its score is not measured. Four trials of up to
-twelve epochs reached a validation mAP of 0.623 in 67 minutes of two cores of an AMD EPYC
-(`benchmarks/results/search_unet_cpu.json`).
+The first trial is the baseline. The command is for a GPU; its score is not measured. On two cores of an AMD
+EPYC four trials reached a validation mAP of 0.623 in 67 minutes (`benchmarks/results/search_unet_cpu.json`):
+
+    python -m saltray.tune --data DIR --space search_spaces/unet.py --trials 6 --epochs 12 --time-budget 45m
+    python -m saltray.tune --resume RUN --trials 4 --time-budget 22m
 """
 
 from typing import Any
