@@ -100,7 +100,7 @@ def overhead(trials: int) -> list[Row]:
     share, own = 100 * each / REALISTIC, 100 * (taken - ideal) / ideal
     return [
         Row(what, share, "%", at_most(10), None, note, details),
-        Row(f"the same over their own {length:g} s", own, "%", None, None, "as measured: no trial is as short"),
+        Row(f"the same over their own {length:g} s", own, "%", None, None, "as measured; none is so short"),
     ]
 
 

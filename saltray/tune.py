@@ -31,7 +31,7 @@ def main(
     space: Annotated[
         Path | None,
         typer.Option(
-            help="Python file of the search space; it is run. Default: search_spaces/unet.py; "
+            help="Python file of the search space; it is run. Default: search_spaces/laptop_scratch.py; "
             "demo.py without --data.",
             rich_help_panel=RUN,
         ),
@@ -219,7 +219,7 @@ def main(
     if data is None:
         free = {**free, "trials": DEMO["trials"] if trials is None else trials}
         fixed = {**fixed, "epochs": DEMO["epochs"] if epochs is None else epochs}
-    space = space or bundled_space("unet" if data else "demo")
+    space = space or bundled_space("laptop_scratch" if data else "demo")
     home = storage.home(located(out) if out else f"runs/{space.stem}-{datetime.now():%Y%m%d-%H%M%S}")
     if home.uri and data is None:
         raise UserError(f"--out {out}: synthetic tiles are made in a local folder; name --data as well")
