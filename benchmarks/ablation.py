@@ -36,7 +36,7 @@ from saltray.network import cpu
 from saltray.prediction import inference, postprocessing
 from saltray.records import run
 from saltray.search.plan import Plan, plan
-from saltray.training import loop
+from saltray.training import checkpoint, loop
 from saltray.training.trial import DATA_SHARE, EVALUATION_BATCH, WorkerResources
 
 Run = dict[str, Any]
@@ -87,11 +87,15 @@ def measure(
 def cross_chosen(folder: Path, tiles: ray.data.Dataset, device: str) -> Run:
     """Score the postprocessing on tiles that did not choose it: each half by the other half's choice.
 
+    Of a training that keeps snapshots, the mean of these is judged.
+
     Returns:
         `plain`, the mAP at probability 0.5; `threshold`, with the threshold alone chosen; `mirrored`, also
         with the mean of both views; `chosen`, with the least area too, and mirrored only where it helped.
     """
-    models = inference.load_models(folder)
+    snapshots, config = checkpoint.load_snapshots(folder), checkpoint.load_config(folder).to_dict()
+    models = [inference.Model(config, weights, 1 / len(snapshots)) for weights in snapshots]
+    models = models or inference.load_models(folder)
     calibrator = inference.Calibrator(models, torch.get_num_threads(), gpu=device == "cuda")
     batches = tiles.iter_batches(batch_size=EVALUATION_BATCH)
     parts = [calibrator(cast(Batch, batch)) for batch in batches]

@@ -81,6 +81,7 @@ OPTIMISATION: dict[str, Changes] = {
     "reduce on plateau": {"optim": {"schedule": "plateau"}},
     "one cycle": {"optim": {"schedule": "one_cycle"}},
     "three warm restarts": {"optim": {"cycles": 3}},
+    "three warm restarts, mean of snapshots": {"optim": {"cycles": 3, "snapshots": True}},
     "rate of 3e-3": {"optim": {"learning_rate": 3e-3}},
     "adamw": {"optim": {"optimizer": "adamw", "weight_decay": 1e-2}},
     "sgd": {"optim": {"optimizer": "sgd", "learning_rate": 5e-2, "weight_decay": 1e-4}},
