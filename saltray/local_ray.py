@@ -95,7 +95,8 @@ class LocalRay:
 
     def _kill(self) -> None:
         """Kill all of its session: Ray's workers and agents may miss that it is gone, and stay."""
-        while members := _living(self._process.pid):
+        until = time.monotonic() + ENDING_SECONDS  # one that waits for a disk ends when that answers
+        while (members := _living(self._process.pid)) and time.monotonic() < until:
             for pid in members:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -123,7 +124,7 @@ def begin() -> None:
 
 
 def take(cpus: int | None = None) -> LocalRay:
-    """Return the Ray that has begun to start, or begin now where there is none or so many CPUs are wanted."""
+    """Return the Ray that has begun to start; begin now where there is none, or so many CPUs are wanted."""
     return _begun.pop() if _begun and cpus is None else LocalRay(cpus)
 
 
