@@ -7,7 +7,7 @@ empty masks and the spread of coverage are near the real set's (39 % empty; the 
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,7 +96,7 @@ def _salt(rng: np.random.Generator) -> npt.NDArray[np.bool_]:
             return np.asarray(body, bool)
 
 
-def files(*, train: int, test: int, seed: int) -> dict[str, bytes]:
+def files(*, train: int, test: int, seed: int) -> Iterator[tuple[str, bytes]]:
     """Make a data set in the contest's layout, and the test tiles' truth beside it.
 
     Args:
@@ -104,34 +104,32 @@ def files(*, train: int, test: int, seed: int) -> dict[str, bytes]:
         test: number of test tiles.
         seed: the same seed gives the same files.
 
-    Returns:
-        What each file holds, by its place: below `data/` what a contestant has, in `truth.csv` what only the
-        judge has. About 15 kB a tile.
+    Yields:
+        Each file's place and what it holds: below `data/` what a contestant has, in `truth.csv` what only
+        the judge has. About 15 kB a tile.
     """
     rng = np.random.default_rng(seed)
-    made: dict[str, bytes] = {}
     depths, codes = [], {}
     for number in range(train + test):
         image, mask, z = tile(rng)
         part = "train" if number < train else "test"
         name = f"{part}{number:06d}"
-        made[f"data/{part}/images/{name}.png"] = _png(np.repeat(image[:, :, None], 3, axis=2))
+        yield f"data/{part}/images/{name}.png", _png(np.repeat(image[:, :, None], 3, axis=2))
         if part == "train":
             # As in the contest: 16 bits, or 8 where the mask is empty.
             pixels = mask.astype(np.uint16) * 65535 if mask.any() else mask.astype(np.uint8)
-            made[f"data/train/masks/{name}.png"] = _png(pixels)
+            yield f"data/train/masks/{name}.png", _png(pixels)
         depths.append(f"{name},{z:.0f}")
         codes[name] = rle.encode(mask)
     train_ids = [name for name in codes if name.startswith("train")]
     test_ids = [name for name in codes if name.startswith("test")]
-    made["data/train.csv"] = _csv("id,rle_mask", [f"{i},{codes[i]}" for i in train_ids])
-    made["data/depths.csv"] = _csv("id,z", depths)
-    made["data/sample_submission.csv"] = _csv("id,rle_mask", [f"{i},1 1" for i in test_ids])
-    made["truth.csv"] = _csv("id,rle_mask", [f"{i},{codes[i]}" for i in test_ids])
-    return made
+    yield "data/train.csv", _csv("id,rle_mask", [f"{i},{codes[i]}" for i in train_ids])
+    yield "data/depths.csv", _csv("id,z", depths)
+    yield "data/sample_submission.csv", _csv("id,rle_mask", [f"{i},1 1" for i in test_ids])
+    yield "truth.csv", _csv("id,rle_mask", [f"{i},{codes[i]}" for i in test_ids])
 
 
-def write(folder: Path, made: Mapping[str, bytes]) -> Path:
+def write(folder: Path, made: Iterable[tuple[str, bytes]]) -> Path:
     """Write a data set that `files` has made; return the folder of what a contestant has.
 
     Raises:
@@ -141,9 +139,9 @@ def write(folder: Path, made: Mapping[str, bytes]) -> Path:
         if path.exists():
             raise UserError(f"{path}: already there; choose another folder")
     try:
-        for place in sorted({(folder / name).parent for name in made}):
-            place.mkdir(parents=True, exist_ok=True)
-        for name, content in made.items():
+        for part in ("train/images", "train/masks", "test/images"):
+            (folder / "data" / part).mkdir(parents=True)
+        for name, content in made:
             (folder / name).write_bytes(content)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None

@@ -64,10 +64,10 @@ def start(
     before = run.fetched(settings.warm_start) if settings.warm_start else None
     other = _load_other(before) if before else None
     console = _console()
-    synthetic = {}
+    synthetic: list[tuple[str, bytes]] = []
     if settings.data == str(run.demo_data(folder)):
         console.print("No --data: making synthetic seismic tiles.")
-        synthetic = demo.files(train=DEMO_TILES, test=200, seed=settings.seed)
+        synthetic = list(demo.files(train=DEMO_TILES, test=200, seed=settings.seed))
     dashboard = _connect(console, address)
     try:
         summary.tell_busy(console)
