@@ -17,12 +17,12 @@ from typing import Any
 import optuna
 from ray import tune
 from ray.tune import TuneError
-from ray.tune.execution import class_cache
 
 from saltray.config import DISK_FULL, SearchConfig, UserError
 from saltray.records.storage import Overtaken, names
 from saltray.records.study import checkpoint_of, count, keep_trials_at, requeue
 from saltray.records.trial_files import trim
+from saltray.search import processes
 from saltray.search.engine import make_scheduler
 from saltray.search.limits import Limits
 from saltray.search.plan import Plan
@@ -219,19 +219,9 @@ def run_search(
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         ),
     )
-    _share_processes()
-    _fit(tuner, study)
+    with processes.kept():
+        _fit(tuner, study)
     return limits.reached
-
-
-def _share_processes() -> None:
-    """Let trials' tasks run in processes that are there already.
-
-    Ray shares no process between environments, and Tune gives trials one of their own, for PyTorch Lightning
-    alone (`PL_DISABLE_FORK`, ray 2.60): on every machine a second set of processes would start, each with
-    two seconds of imports, beside those that read the tiles.
-    """
-    getattr(class_cache, "DEFAULT_ENV_VARS", {}).pop("PL_DISABLE_FORK", None)
 
 
 def _fit(tuner: tune.Tuner, study: optuna.Study) -> None:

@@ -11,6 +11,7 @@ import pytest
 import ray
 from optuna.trial import TrialState
 from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.tune import TuneError
 from ray.tune.schedulers import FIFOScheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from saltray import demo
 from saltray.config import SearchConfig, UserError
 from saltray.data import dataset, splitting, stream
+from saltray.local_ray import SETTINGS
 from saltray.prediction import bundle
 from saltray.records import storage
 from saltray.records.study import Counts, Place, best_trial, count, create_study, epochs_of, load_study, score
@@ -252,7 +254,10 @@ def test_failures_end_their_trial_and_no_other(tmp_path: Path, monkeypatch: pyte
 
 
 def test_trials_have_no_environment_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Ray shares processes only between tasks of one environment.
+    # Ray shares processes only between tasks of one environment. The driver of a cluster's job has this set.
+    name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+    monkeypatch.setenv(name, SETTINGS[name])
+
     def fake(spec: dict[str, Any], **_: Any) -> None:
         own = ray.get_runtime_context().runtime_env
         failed = {"failed": f"environment: {dict(own)}"} if own else {}
@@ -261,6 +266,23 @@ def test_trials_have_no_environment_of_their_own(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(search, "run_trial", fake)
     (trial,) = run_search(tmp_path, NOTHING, trials=1, epochs=1).trials
     assert trial.state == TrialState.COMPLETE, trial.user_attrs
+
+
+def test_short_trials_take_turns_in_as_many_processes_as_run_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    add = RayActorManager.add_actor
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        started.append(args)
+        return add(*args, **kwargs)
+
+    monkeypatch.setattr(RayActorManager, "add_actor", counted)
+    monkeypatch.setattr(search, "run_trial", one_epoch)
+    study = run_search(tmp_path, NOTHING, TWO, trials=12, epochs=1)
+    assert count(study).complete == 12
+    assert len(started) == TWO.concurrency
 
 
 def test_stopped_early_is_pruned_with_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

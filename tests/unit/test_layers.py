@@ -40,7 +40,7 @@ prediction: validation
 prediction: inference
 prediction: bundle
 
-search: space engine warmstart limits gpus plan
+search: space engine warmstart limits gpus plan processes
 search: packing searcher
 search: search
 
