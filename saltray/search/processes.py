@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from ray.air._internal import usage
 from ray.tune.execution import class_cache
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.utils.object_cache import _ObjectCache
@@ -60,7 +61,12 @@ class KeepingController(TuneController):
 def kept() -> Iterator[None]:
     """Let `tune.Tuner.fit` keep and share processes, within the context."""
     _share_environment()
-    with mock.patch.object(importlib.import_module("ray.tune.tune"), "TuneController", KeepingController):
+    with (
+        mock.patch.object(importlib.import_module("ray.tune.tune"), "TuneController", KeepingController),
+        # For Ray's usage statistics, Tune compares callbacks with all that it knows, and so imports MLflow
+        # where that is installed: most of a second before the first trial.
+        mock.patch.object(usage, "tag_callbacks"),
+    ):
         yield
 
 
