@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 from unittest import mock
 
@@ -17,24 +18,37 @@ from ray.tune.utils.object_cache import _ObjectCache
 
 from saltray.local_ray import SETTINGS
 
+IDLE_SECONDS = 30.0
+"""How long an ended trial's process waits for the next trial, before its CPUs and GPUs are given back."""
+
 
 class KeepingCache(_ObjectCache):
-    """Ended trials' processes: all stay until no trial is to come.
+    """Ended trials' processes: all stay for the next trials.
 
     Tune's own keeps as many as trials wait at that moment, or one: of two trials that end together, one's
     process ends, and the next trial waits for a new one. No more are kept than trials run side by side.
     """
 
+    def __init__(self) -> None:
+        """Begin empty."""
+        super().__init__(may_keep_one=True)
+        self._since: dict[Any, float] = {}
+
     def cache_object(self, key: Any, obj: Any) -> bool:
         """Keep it; always True."""
         self._cached_objects[key].append(obj)
         self._num_cached_objects += 1
+        self._since[obj] = monotonic()
         return True
 
     def flush_cached_objects(self, force_all: bool = False) -> Generator[Any, None, None]:
-        """Give up all that are kept, or none."""
-        if force_all:
-            yield from super().flush_cached_objects(force_all=True)
+        """Give up all, or those that no trial came for."""
+        latest = monotonic() - IDLE_SECONDS
+        for kept in self._cached_objects.values():  # the oldest first
+            while kept and (force_all or self._since[kept[0]] <= latest):
+                self._num_cached_objects -= 1
+                del self._since[kept[0]]
+                yield kept.pop(0)
 
 
 class KeepingController(TuneController):
@@ -43,7 +57,7 @@ class KeepingController(TuneController):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Begin as Tune's does."""
         super().__init__(*args, **kwargs)
-        self._actor_cache = KeepingCache(may_keep_one=True)
+        self._actor_cache = KeepingCache()
 
     def _maybe_reuse_cached_actor(self, trial: Any) -> bool:
         """Let a trial whose own process is starting wait for it.
