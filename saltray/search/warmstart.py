@@ -22,9 +22,10 @@ def adopt(
 ) -> int:
     """Start a study from the results of another, of which the spaces may only overlap.
 
-    Of each ended trial, the parameters that the new space draws as well, with a value it allows, are kept.
-    Where the scores compare they are taken over as results, from which the sampler learns; else the best
-    `PROPOSALS` are only proposed first.
+    Of each trial, the parameters that the new space draws as well, with a value it allows, are kept.
+    Where the scores compare, ended trials are taken over as results, from which the sampler learns, and those
+    that were cut off are proposed first: the best may be one of them. Else the best `PROPOSALS` of all are
+    only proposed first.
 
     Args:
         study: the new one.
@@ -36,15 +37,18 @@ def adopt(
     Returns:
         How many trials were taken over or proposed. Where it was cut off, it may be done again.
     """
-    ended = [
-        t for t in other.get_trials(deepcopy=False) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    ended = (TrialState.COMPLETE, TrialState.PRUNED)
+    scored = [
+        t
+        for t in other.get_trials(deepcopy=False)
+        if t.state in ended or (t.state != TrialState.FAIL and t.intermediate_values)
     ]
     if not compares:
-        ended = sorted(ended, key=score, reverse=True)[:PROPOSALS]
-    known = [(trial, drawn) for trial in ended if (drawn := _overlap(trial, draw)) is not None]
+        scored = sorted(scored, key=score, reverse=True)[:PROPOSALS]
+    known = [(trial, drawn) for trial in scored if (drawn := _overlap(trial, draw)) is not None]
     there = {t.user_attrs.get("adopted") for t in study.get_trials(deepcopy=False)}
     for trial, drawn in known:
-        if not compares:
+        if not compares or trial.state not in ended:
             study.enqueue_trial(drawn.params, skip_if_exists=True)
             continue
         name = f"{origin} trial {trial.number}"

@@ -176,6 +176,23 @@ class TestAdopt:
         draw(trial)
         assert trial.params == {"kind": "a", "rate": 1.5}
 
+    def test_what_was_cut_off_is_proposed_by_its_score(self, tmp_path: Path, other: Any) -> None:
+        (folder := tmp_path / "other").mkdir()
+        other.add_trial(known(TrialState.WAITING, {"kind": "b", "rate": 3.0}, 0.6, 0.8))
+        other.add_trial(known(TrialState.WAITING, {"kind": "b", "rate": 4.0}))  # it never began
+        study = create_study(Place(tmp_path))
+        assert adopt(study, other, draw, "runs/before", compares=True) == 3
+        assert [t.state for t in study.trials] == [
+            TrialState.COMPLETE,
+            TrialState.PRUNED,
+            TrialState.WAITING,
+        ]
+        study = create_study(Place(folder))
+        assert adopt(study, other, draw, "runs/before", compares=False) == 3
+        trial = study.ask()
+        draw(trial)
+        assert (trial.params["kind"], trial.params["rate"]) == ("b", 3.0)
+
 
 def test_a_database_without_the_study_is_told_from_a_broken_one(tmp_path: Path) -> None:
     with pytest.raises(studies.NoStudyError, match=r"no study\.db"):
