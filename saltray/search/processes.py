@@ -44,11 +44,10 @@ class KeepingCache(_ObjectCache):
     def flush_cached_objects(self, force_all: bool = False) -> Generator[Any, None, None]:
         """Give up all, or those that no trial came for."""
         latest = monotonic() - IDLE_SECONDS
-        for kept in self._cached_objects.values():  # the oldest first
+        for key, kept in self._cached_objects.items():  # the oldest first
             while kept and (force_all or self._since[kept[0]] <= latest):
-                self._num_cached_objects -= 1
                 del self._since[kept[0]]
-                yield kept.pop(0)
+                yield self.pop_cached_object(key)
 
 
 class KeepingController(TuneController):
