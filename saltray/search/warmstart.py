@@ -1,7 +1,7 @@
 """A search that begins with what another one found (`--warm-start`)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -17,9 +17,18 @@ PROPOSALS = 5
 """How many of another run's best parameters are tried first where its scores do not compare."""
 
 
+class Adopted(NamedTuple):
+    """How many trials of another search a study begins with."""
+
+    results: int
+    """From which the sampler learns."""
+    proposed: int
+    """Whose parameters are tried first."""
+
+
 def adopt(
     study: optuna.Study, other: optuna.Study, draw: Callable[[BaseTrial], Any], origin: str, *, compares: bool
-) -> int:
+) -> Adopted:
     """Start a study from the results of another, of which the spaces may only overlap.
 
     Of each trial, the parameters that the new space draws as well, with a value it allows, are kept.
@@ -35,7 +44,7 @@ def adopt(
         compares: whether a score means the same in both: the same tiles, split, epochs and objective.
 
     Returns:
-        How many trials were taken over or proposed. Where it was cut off, it may be done again.
+        What it did, counting what it had done before: where it was cut off, it may be done again.
     """
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
     scored = [
@@ -47,10 +56,9 @@ def adopt(
         scored = sorted(scored, key=score, reverse=True)[:PROPOSALS]
     known = [(trial, drawn) for trial in scored if (drawn := _overlap(trial, draw)) is not None]
     there = {t.user_attrs.get("adopted") for t in study.get_trials(deepcopy=False)}
-    for trial, drawn in known:
-        if not compares or trial.state not in ended:
-            study.enqueue_trial(drawn.params, skip_if_exists=True)
-            continue
+    results = [(trial, drawn) for trial, drawn in known if compares and trial.state in ended]
+    proposals = [drawn for trial, drawn in known if not (compares and trial.state in ended)]
+    for trial, drawn in results:
         name = f"{origin} trial {trial.number}"
         if name in there:
             continue
@@ -64,8 +72,10 @@ def adopt(
                 user_attrs={"adopted": name},
             )
         )
+    for drawn in proposals:
+        study.enqueue_trial(drawn.params, skip_if_exists=True)
     study.set_user_attr(ADOPTED, origin)
-    return len(known)
+    return Adopted(len(results), len(proposals))
 
 
 def is_adopted(study: optuna.Study) -> bool:

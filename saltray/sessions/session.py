@@ -258,12 +258,17 @@ def _adopt(
     if differs:
         console.print(
             f"Warm start: {origin} had other {' and '.join(differs)}, so that its scores do not compare; "
-            f"its {taken} best parameters are tried first.",
+            f"its {taken.proposed} best parameters are tried first.",
             soft_wrap=True,
             markup=False,
         )
     else:
-        console.print(f"Warm start: {taken} results of {origin} taken over.", soft_wrap=True, markup=False)
+        first = f", and {taken.proposed} that were cut off are tried first" if taken.proposed else ""
+        console.print(
+            f"Warm start: {taken.results} results of {origin} taken over{first}.",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def _search_and_predict(

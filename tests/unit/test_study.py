@@ -137,7 +137,7 @@ class TestAdopt:
 
     def test_results_are_taken_over_where_the_spaces_overlap(self, tmp_path: Path, other: Any) -> None:
         study = create_study(Place(tmp_path))
-        assert adopt(study, other, draw, "runs/before", compares=True) == 2
+        assert adopt(study, other, draw, "runs/before", compares=True) == (2, 0)
         taken = study.trials
         assert [t.params for t in taken] == [{"kind": "a", "rate": 1.5}, {"kind": "b"}]
         assert [t.state for t in taken] == [TrialState.COMPLETE, TrialState.PRUNED]
@@ -164,13 +164,13 @@ class TestAdopt:
 
         assert not is_adopted(study)
         for _ in range(2):
-            assert adopt(study, other, fails, "runs/before", compares=True) == 2
+            assert adopt(study, other, fails, "runs/before", compares=True) == (2, 0)
         assert [t.params for t in study.trials] == [{"rate": 1.5, "kind": "a"}, {"kind": "b"}]
         assert is_adopted(study)
 
     def test_the_best_are_proposed_where_scores_do_not_compare(self, tmp_path: Path, other: Any) -> None:
         study = create_study(Place(tmp_path))
-        assert adopt(study, other, draw, "runs/before", compares=False) == 2
+        assert adopt(study, other, draw, "runs/before", compares=False) == (0, 2)
         assert [t.state for t in study.trials] == [TrialState.WAITING] * 2
         trial = study.ask()
         draw(trial)
@@ -181,14 +181,14 @@ class TestAdopt:
         other.add_trial(known(TrialState.WAITING, {"kind": "b", "rate": 3.0}, 0.6, 0.8))
         other.add_trial(known(TrialState.WAITING, {"kind": "b", "rate": 4.0}))  # it never began
         study = create_study(Place(tmp_path))
-        assert adopt(study, other, draw, "runs/before", compares=True) == 3
+        assert adopt(study, other, draw, "runs/before", compares=True) == (2, 1)
         assert [t.state for t in study.trials] == [
             TrialState.COMPLETE,
             TrialState.PRUNED,
             TrialState.WAITING,
         ]
         study = create_study(Place(folder))
-        assert adopt(study, other, draw, "runs/before", compares=False) == 3
+        assert adopt(study, other, draw, "runs/before", compares=False) == (0, 3)
         trial = study.ask()
         draw(trial)
         assert (trial.params["kind"], trial.params["rate"]) == ("b", 3.0)
