@@ -115,7 +115,7 @@ def main(
     import torch
 
     from saltray.network import cpu
-    from saltray.records import run
+    from saltray.records import environment
 
     # Ended like an interrupted one: the group under way ends too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -130,14 +130,14 @@ def main(
             typer.echo(f"{row['what']:<62} {value:>14}  {table.goal(row):<28} {row['note']}")
         typer.echo(f"  {name}: {time.monotonic() - started:.0f} s")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    environment = run.environment() | {"cpu": cpu.name(), "gpu": gpu}
+    here = environment.describe() | {"cpu": cpu.name(), "gpu": gpu}
     known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     # Of groups measured at another time the file keeps the environment as well.
-    rows = [{**row, "environment": environment} for row in rows]
+    rows = [{**row, "environment": here} for row in rows]
     merged = table.merge(known, rows, GROUPS)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"rows": merged}, indent=1) + "\n")
-    MARKDOWN.write_text(table.markdown(merged, before, environment))
+    MARKDOWN.write_text(table.markdown(merged, before, here))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ from saltray.data import dataset, splitting, stream
 from saltray.data.augment import Batch
 from saltray.network import cpu
 from saltray.prediction import inference, postprocessing
-from saltray.records import run
+from saltray.quiet import quiet
+from saltray.records import environment
 from saltray.search.plan import Plan, plan
 from saltray.training import checkpoint, loop
 from saltray.training.trial import DATA_SHARE, EVALUATION_BATCH, WorkerResources
@@ -203,10 +204,10 @@ def main(
     if tiles is not None and not 32 <= tiles <= len(order):
         raise UserError(f"--tiles {tiles}: between 32 and {len(order)}")
     trains = np.isin(np.arange(len(fold)), order[:tiles])
-    with connection.quiet(None):
+    with quiet(None):
         connection.connect(address)
     try:
-        with connection.quiet(None):
+        with quiet(None):
             decoded = [dataset.decode(rows.where(part))[0] for part in (trains, fold == 0)]
         placed = plan(connection.nodes(), trials=len(chosen) * seeds, cpus=cpus, gpus=gpus)
         settings = {
@@ -238,7 +239,7 @@ def open_results(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         UserError: the file holds other things, or runs of another size that would not compare.
     """
     if not out.exists():
-        return {"settings": settings, "environment": run.environment(), "runs": {}}
+        return {"settings": settings, "environment": environment.describe(), "runs": {}}
     try:
         content: dict[str, Any] = json.loads(out.read_text())
         known = content["settings"]
@@ -275,7 +276,7 @@ def run_all(
         except ray.exceptions.RayTaskError as error:
             typer.echo(f"{name}, seed {seed}: failed: {error.cause!r}", err=True)
             continue
-        content["runs"][f"{name}/{seed}"] = result | {"commit": run.environment()["commit"]}
+        content["runs"][f"{name}/{seed}"] = result | {"commit": environment.describe()["commit"]}
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_suffix(".tmp")
         temporary.write_text(json.dumps(content, indent=1) + "\n")

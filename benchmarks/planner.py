@@ -21,11 +21,11 @@ import typer
 from ray import tune
 from rich.console import Console
 
-from saltray import connection
 from saltray.cli import run_program
 from saltray.config import TILE, SearchConfig, TrialConfig
 from saltray.network.model import EncoderDecoder
-from saltray.records import run
+from saltray.quiet import quiet
+from saltray.records import environment
 from saltray.records.study import Place, create_study
 from saltray.search import search
 from saltray.search.plan import Plan
@@ -93,7 +93,7 @@ def measure(nodes: int, trials: int, epochs: int) -> dict[str, float]:
         with (
             LiveView(console, study, trials=trials, epochs=epochs, time_budget=None) as view,
             tracking.TensorBoard(folder / "tensorboard", study) as board,
-            connection.quiet(folder / "log"),
+            quiet(folder / "log"),
         ):
             before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
             search.run_search(
@@ -185,7 +185,7 @@ def main(
         },
         "driver": costs,
         "rows": rows,
-        "environment": run.environment(),
+        "environment": environment.describe(),
     }  # fmt: skip
     out.write_text(json.dumps(content, indent=1) + "\n")
 

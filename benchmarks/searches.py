@@ -13,6 +13,7 @@ from benchmarks.peers import Arrays
 from benchmarks.training import dataset
 from saltray import connection
 from saltray.config import SearchConfig
+from saltray.quiet import quiet
 from saltray.records.study import Place, create_study
 from saltray.search import search
 from saltray.search.plan import Plan, plan
@@ -64,7 +65,7 @@ def run_here(
     Raises:
         RuntimeError: not every trial ended well.
     """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, connection.quiet(None):
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, quiet(None):
         folder = Path(name)
         study = create_study(Place(folder))
         for parameters in enqueue:

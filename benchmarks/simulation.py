@@ -27,7 +27,7 @@ from scipy import stats
 
 from saltray.cli import run_program
 from saltray.config import SearchConfig
-from saltray.records import run
+from saltray.records import environment
 from saltray.search.engine import GRACE_EPOCHS, METRIC, REDUCTION, make_scheduler
 from saltray.search.searcher import StudySearch
 from saltray.search.space import Space
@@ -232,7 +232,7 @@ def main(
         "side_by_side": SIDE_BY_SIDE,
         "noise": NOISE,
     }
-    content = {"settings": settings, "rows": rows, "environment": run.environment()}
+    content = {"settings": settings, "rows": rows, "environment": environment.describe()}
     out.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -72,7 +72,7 @@ def markdown(rows: Rows, before: Rows, environment: dict[str, Any]) -> str:
     Args:
         rows: of this run.
         before: of the last committed run.
-        environment: `run.environment()` of this run, with `cpu` and `gpu`.
+        environment: `environment.describe()` of this run, with `cpu` and `gpu`.
     """
     lines = [
         "| what | measured | least to most | before | goal | how | commit |",

@@ -245,6 +245,14 @@ class TrialConfig(_Frozen):
 Split = Literal["coverage", "neighbours"]
 """How tiles become folds (`saltray.data.splitting`): alike in coverage, or that with neighbours together."""
 
+NEIGHBOURS: dict[Split, str] = {
+    "coverage": "Tiles that lie side by side in a survey, as many of the contest's do, may be on both sides "
+    "of the split: what is learnt from one then flatters the score on the other.",
+    "neighbours": "Tiles that lie side by side in a survey, as many of the contest's do, are on one side "
+    "of the split, as far as their edges tell.",
+}
+"""What whoever reads a score must know of its split; true of any survey, for reports and model cards."""
+
 Objective = Literal["map", "map+speed"]
 """What a search maximizes: the validation mAP, or that and the tiles per second in validation."""
 

@@ -35,6 +35,7 @@ def main(
     from saltray.contest import submission
     from saltray.data import dataset
     from saltray.prediction import inference, members
+    from saltray.quiet import quiet
     from saltray.records import run
     from saltray.training import checkpoint
 
@@ -54,7 +55,7 @@ def main(
         missing = contest.path(dataset.DEPTHS)
         raise UserError(f"{missing}: no such file; {model} takes the depth of each tile (columns id, z)")
     table = dataset.read_test(contest, depth=any(takes_depth))
-    with connection.quiet(None):
+    with quiet(None):
         connection.connect(address)
         try:
             tiles, bad = dataset.decode(table, skip_bad)

@@ -27,13 +27,13 @@ def main(
 ) -> None:
     """Write the report of a search: one HTML file that opens offline."""
     file = NewFile(out) if out else None
-    from saltray import connection
+    from saltray.quiet import quiet
     from saltray.records import run, storage
     from saltray.reporting import findings, sections
 
     home = storage.home(located(place))
     folder = run.fetched(str(home))
-    with connection.quiet(None):
+    with quiet(None):
         page = sections.build(findings.read(folder, url=study))
     if file:
         file.write(page.write)

@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from saltray.cli import bundled_space, located, parse_duration, prepare_ray, run_program
 from saltray.config import DISK_FULL, Objective, Scheduler, Searcher, Split, UserError
+from saltray.records.settings import Settings
 
 # Heavy imports wait until they are needed, so that --help answers at once.
 if TYPE_CHECKING:
-    from saltray.records import run
+    pass
 
 DEMO = {"trials": 6, "epochs": 8}
 
@@ -239,12 +240,11 @@ def main(
     session.start(home, settings, address=address, url=study)
 
 
-def _settings(values: dict[str, Any]) -> run.Settings:
+def _settings(values: dict[str, Any]) -> Settings:
     """Make settings of the options that were given; raises UserError naming the option."""
-    from saltray.records import run
 
     try:
-        return run.Settings.model_validate({k: v for k, v in values.items() if v is not None})
+        return Settings.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
         lines: dict[str, str] = {}
         for e in error.errors():
@@ -261,7 +261,7 @@ def _refuse_given(options: dict[str, Any]) -> None:
         raise UserError(f"--{given[0].replace('_', '-')}: a resumed run keeps its own; leave it out")
 
 
-def _resumed(folder: Path, space: Path | None, server: str | None, changes: dict[str, Any]) -> run.Settings:
+def _resumed(folder: Path, space: Path | None, server: str | None, changes: dict[str, Any]) -> Settings:
     """Return a run's settings with this session's changes."""
     from saltray.records import run
     from saltray.search import space as spaces

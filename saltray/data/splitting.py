@@ -17,14 +17,6 @@ from saltray.data.dataset import DataError, Table, decode_local
 FOLDS = 5
 """Of a search's split; fold 0 validates: 80/20."""
 
-NEIGHBOURS: dict[Split, str] = {
-    "coverage": "Tiles that lie side by side in a survey, as many of the contest's do, may be on both sides "
-    "of the split: what is learnt from one then flatters the score on the other.",
-    "neighbours": "Tiles that lie side by side in a survey, as many of the contest's do, are on one side "
-    "of the split, as far as their edges tell.",
-}
-"""What whoever reads a score must know of its split; true of any survey, for reports and model cards."""
-
 MATCH_RATIO = 0.5
 """A match is believed when its distance is below this part of the second best's (Lowe 2004). On the contest's
 tiles, where the first tile's edge has both salt and none, the masks of believed pairs agree in 0.84 (side by

@@ -9,6 +9,7 @@ from saltray.config import UserError
 from saltray.ensembles import outoffold, refits
 from saltray.ensembles.outoffold import Candidate, Source
 from saltray.records import run, storage
+from saltray.records.settings import Settings
 from saltray.records.study import REFITS, Place, best_trials, checkpoints_of, keep_trials_at, load_study
 
 
@@ -26,7 +27,7 @@ def kept(study: optuna.Study, most: int) -> list[Candidate]:
     return found
 
 
-def of_runs(settings: run.Settings, own: storage.Home, tiles: str) -> list[Candidate]:
+def of_runs(settings: Settings, own: storage.Home, tiles: str) -> list[Candidate]:
     """Return what the other runs that `settings` name have for the ensemble: as many configurations of each.
 
     In the others' studies is noted where their trials lie, if they were moved; else nothing there is changed.
@@ -58,9 +59,9 @@ def of_runs(settings: run.Settings, own: storage.Home, tiles: str) -> list[Candi
     return found
 
 
-def _of_run(home: storage.Home, settings: run.Settings, tiles: str) -> list[Candidate]:
+def _of_run(home: storage.Home, settings: Settings, tiles: str) -> list[Candidate]:
     known = run.read(home.folder)
-    other = run.Settings.model_validate(known["settings"])
+    other = Settings.model_validate(known["settings"])
     if known["tiles"] != tiles:
         raise run.RunError(
             "it has other labelled tiles than this run, or another split or seed: its models have seen tiles "

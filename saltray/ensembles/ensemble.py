@@ -11,7 +11,7 @@ each fold the selection and the postprocessing are chosen on all others, and sco
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -196,3 +196,15 @@ def _totals(
 
 def _add(picks: Picks, candidate: int) -> Picks:
     return (*picks[:candidate], picks[candidate] + 1, *picks[candidate + 1 :])
+
+
+def pseudo_labels_in_words(facts: dict[str, Any]) -> str:
+    """Write what became of the pseudo-labels, as the ensemble's metrics tell it under `pseudo_labels`."""
+    if not facts["finished"]:
+        return "not yet: their refits wait for the next session"
+    if not any(facts["tiles"]):
+        return "none: the models were not sure of any test tile"
+    if "with" not in facts:
+        return "not used: their refits failed"
+    used = "used" if facts["used"] else "not used"
+    return f"{used}: cross-fitted {facts['with']:.4f} with them, {facts['without']:.4f} without"

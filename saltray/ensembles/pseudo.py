@@ -5,7 +5,6 @@ Pixels that the models are not sure of are `IGNORED`: training learns nothing fr
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,15 +62,3 @@ def label_tiles(
     """
     labelled: ray.data.Dataset = inference.map_tiles(Labeller, models, test, {}, gpus).materialize()
     return labelled.limit(most).materialize() if labelled.count() > most else labelled
-
-
-def in_words(facts: dict[str, Any]) -> str:
-    """Write what became of the pseudo-labels, as the ensemble's metrics tell it under `pseudo_labels`."""
-    if not facts["finished"]:
-        return "not yet: their refits wait for the next session"
-    if not any(facts["tiles"]):
-        return "none: the models were not sure of any test tile"
-    if "with" not in facts:
-        return "not used: their refits failed"
-    used = "used" if facts["used"] else "not used"
-    return f"{used}: cross-fitted {facts['with']:.4f} with them, {facts['without']:.4f} without"

@@ -21,8 +21,7 @@ import pandas as pd
 import torch
 from ray.train import Checkpoint
 
-from saltray.config import TILE, Split, TrialConfig, UserError
-from saltray.data.splitting import NEIGHBOURS
+from saltray.config import NEIGHBOURS, TILE, Split, TrialConfig, UserError
 from saltray.network.model import count_parameters
 from saltray.prediction.inference import stored_postprocessing
 from saltray.prediction.postprocessing import Postprocessing, logit

@@ -10,10 +10,7 @@ import pyarrow.fs
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from saltray.records.storage import Home, StorageError, open_uri, read_text
-
-PROBE = ".saltray-probe-"
-"""How the names of files begin that are there for a moment only."""
+from saltray.records.storage import PROBE, Home, StorageError, open_uri, read_text
 
 PROBE_SECONDS = 60.0
 """How long a machine may take to show that it sees the run's folder."""

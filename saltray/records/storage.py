@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
-from ray import tune
 
 from saltray.config import UserError
 from saltray.training.checkpoint import METRICS
@@ -33,13 +32,16 @@ MIRROR_SECONDS = 10.0
 UNSENT = ".unsent"
 """In a working folder while it may hold what its URI does not."""
 
+PROBE = ".saltray-probe-"
+"""How the names of files begin that are there for a moment only, to see who shares a folder."""
+
 BUNDLES = ("best", "ensemble")
 """A run's folders that are made anew in whole: what an older one had more goes from a copy as well."""
 
 _LAST = [Path(bundle, METRICS) for bundle in BUNDLES]
 """Without it no program takes a bundle for one."""
 
-_LOG = logging.getLogger("ray.saltray.records.storage")
+_LOG = logging.getLogger(__name__)
 
 
 class StorageError(UserError):
@@ -361,28 +363,3 @@ def _database(file: Path) -> bytes:
     ):
         source.backup(target)
         return Path(copy.name).read_bytes()
-
-
-class Mirroring(tune.Callback):
-    """Mirrors the run while its trials go on. It is called after the study knows of an event.
-
-    What it raises, Overtaken, ends the search: at a trial's end too, by `saltray.search.search.Ends`.
-    """
-
-    def __init__(self, mirror: Mirror) -> None:
-        """Keep the mirror."""
-        self._mirror = mirror
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
-    ) -> None:
-        """Mirror now and then."""
-        self._mirror.push_soon()
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Mirror an end at once."""
-        self._mirror.push_now()
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Mirror an end at once."""
-        self._mirror.push_now()

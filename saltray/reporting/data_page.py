@@ -9,9 +9,8 @@ import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 
-from saltray.config import TILE, Split
+from saltray.config import NEIGHBOURS, TILE, Split
 from saltray.data import survey
-from saltray.data.splitting import NEIGHBOURS
 from saltray.data.survey import CLASSES, TINY, Survey
 from saltray.reporting.page import BLUE, ORANGE, SKY, Page, Picture, overlay
 

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from saltray.ensembles import pseudo
+from saltray.ensembles import ensemble
 from saltray.prediction.postprocessing import Postprocessing
 from saltray.reporting.findings import Findings
 from saltray.reporting.page import BLUE, Page
@@ -90,7 +90,7 @@ def _lone(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def _pseudo_labels_in_full(facts: dict[str, Any]) -> str:
-    words = pseudo.in_words(facts)
+    words = ensemble.pseudo_labels_in_words(facts)
     if any(facts.get("tiles", ())):
         words += f". Test tiles by fold: {', '.join(map(str, facts['tiles']))}"
     if "with" in facts:

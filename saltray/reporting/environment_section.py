@@ -1,13 +1,13 @@
 """The report's section on what is needed to do its search again."""
 
-import re
 from collections import Counter
 from typing import Any
 
 import pandas as pd
 
 from saltray.config import counted
-from saltray.records import run
+from saltray.records import environment
+from saltray.records.settings import as_options
 from saltray.reporting.findings import Findings
 from saltray.reporting.page import Page
 
@@ -15,8 +15,8 @@ from saltray.reporting.page import Page
 def add(page: Page, found: Findings) -> None:
     """Add the command, the machines, the sessions and the versions."""
     page.section("Environment", "What is needed to do this search again: the command, and what it ran on.")
-    options = run.options(found.settings, found.folder / "space.py")
-    page.command(_without_secrets(f"python -m saltray.tune {options}"))
+    options = as_options(found.settings, found.folder / "space.py")
+    page.command(environment.without_secrets(f"python -m saltray.tune {options}"))
     machines = Counter(
         _machine(t.user_attrs) for t in found.trials if "hardware" in t.user_attrs or "host" in t.user_attrs
     )
@@ -31,7 +31,7 @@ def add(page: Page, found: Findings) -> None:
     shown = ("command", "commit", "machine", "python")
     rows = [
         {"started (UTC)": s["started"][:16].replace("T", " ")}
-        | {name: _without_secrets(str(s.get(name) or "–")) for name in shown}
+        | {name: environment.without_secrets(str(s.get(name) or "–")) for name in shown}
         for s in found.sessions
     ]
     page.table(pd.DataFrame(rows), "The sessions of this search, and saltray's commit (dirty: with changes).")
@@ -50,8 +50,3 @@ def _machine(attributes: dict[str, Any]) -> str:
     gpus = hardware["gpus"]
     share = counted(gpus, "GPU") if gpus else counted(hardware["cpus"], "CPU")
     return f"{hardware['device']}, {share}"
-
-
-def _without_secrets(text: str) -> str:
-    """Leave passwords, and the users that they belong to, out of the URLs in a text."""
-    return re.sub(r"://[^\s/@:]*:[^\s/@]*@", "://", text)

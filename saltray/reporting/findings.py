@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial
 
 from saltray.prediction import validation
 from saltray.records import run
+from saltray.records.settings import Settings
 from saltray.records.study import Place, load_study, own_trials, score
 from saltray.training import checkpoint
 
@@ -17,7 +18,7 @@ class Findings(NamedTuple):
     """All that a run's folder tells."""
 
     folder: Path
-    settings: run.Settings
+    settings: Settings
     tiles: str
     """Fingerprint of the labelled tiles and their split."""
     sessions: list[dict[str, Any]]
@@ -51,7 +52,7 @@ def read(folder: Path, *, url: str | None = None, study: optuna.Study | None = N
         UserError: it holds no run, one of a newer version, or a damaged file.
     """
     content = run.read(folder)
-    settings = run.Settings.model_validate(content["settings"])
+    settings = Settings.model_validate(content["settings"])
     study = study or load_study(Place(folder, url or settings.study, settings.study_name))
     trials, best, ensemble = own_trials(study), folder / "best", folder / "ensemble"
     return Findings(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from saltray.data.splitting import NEIGHBOURS
+from saltray.config import NEIGHBOURS
 from saltray.prediction import validation
 from saltray.prediction.postprocessing import Postprocessing
 from saltray.records.study import epochs_of, objective_of, score

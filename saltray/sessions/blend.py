@@ -28,7 +28,9 @@ from saltray.ensembles.outoffold import Candidate
 from saltray.prediction import inference
 from saltray.prediction.bundle import publish
 from saltray.prediction.postprocessing import Postprocessing
-from saltray.records import run, storage
+from saltray.quiet import quiet
+from saltray.records import storage
+from saltray.records.settings import Settings
 from saltray.records.study import REFITS, best_trials, count, keep_trials_at
 from saltray.search import search
 from saltray.search.limits import Limits, ended_without_gain
@@ -45,7 +47,7 @@ class Job:
 
     console: Console
     mirror: storage.Mirror
-    settings: run.Settings
+    settings: Settings
     study: optuna.Study
     data: Data
     chosen: Plan
@@ -81,7 +83,7 @@ def run_all(job: Job) -> dict[str, Any]:
     if job.data.fold is None:
         candidates = kept(job.study, job.size)
     else:
-        with job.console.status("cutting the folds"), connection.quiet(folder / "logs" / "refits.log"):
+        with job.console.status("cutting the folds"), quiet(folder / "logs" / "refits.log"):
             every = folds.join([job.data.training, job.data.validation])
             parts = folds.split(every, job.data.fold)
         study = _refit_best(job, parts)
@@ -100,7 +102,7 @@ def run_all(job: Job) -> dict[str, Any]:
         left = {"waiting": again["waiting"], "failed": left["failed"] + again["failed"]}
     with (
         job.console.status("predicting with the ensemble"),
-        connection.quiet(folder / "logs" / "predict.log"),
+        quiet(folder / "logs" / "predict.log"),
     ):
         return {**_publish(job, chosen, facts), **left}
 
@@ -122,14 +124,14 @@ def _refit_best(job: Job, parts: Sequence[ray.data.Dataset]) -> optuna.Study:
     refits.enqueue(study, best, len(parts))
     if count(study).waiting:
         job.console.print(f"Refits: {refits.describe(len(best), len(parts))}.")
-        with connection.quiet(job.mirror.home.folder / "logs" / "refits.log"):
+        with quiet(job.mirror.home.folder / "logs" / "refits.log"):
             training = [folds.others(parts, fold) for fold in range(len(parts))]
         _run(job, study, name, training, parts)
     return study
 
 
 def _beside(job: Job, name: str) -> optuna.Study:
-    with connection.quiet(job.mirror.home.folder / "logs" / "refits.log"):
+    with quiet(job.mirror.home.folder / "logs" / "refits.log"):
         study = refits.beside(job.study, name)
         keep_trials_at(study, f"{job.mirror.home.trials}/{name}")
         return study
@@ -163,11 +165,11 @@ def _run(
         job.console, study, trials=len(known), epochs=settings.epochs, time_budget=left.get("time_budget")
     )
     board = tracking.TensorBoard(home.folder / "tensorboard" / name, study)
-    with view, connection.quiet(home.folder / "logs" / "refits.log"), board:
+    with view, quiet(home.folder / "logs" / "refits.log"), board:
         pairs = zip(training, validation, strict=True)
         tiles = [Tiles.share(t, v, resources.workers, resources.elastic) for t, v in pairs]
         space = refits.space(_configs(job, study))
-        callbacks = [view, board, storage.Mirroring(job.mirror)]
+        callbacks = [view, board, tracking.Mirroring(job.mirror)]
         side_by_side = Plan(chosen.concurrency, resources)
         search.run_search(
             space, tiles, side_by_side, f"{home.trials}/{name}", study, config, callbacks, refits.run_refit
@@ -183,7 +185,7 @@ def _configs(job: Job, study: optuna.Study) -> Mapping[int, TrialConfig]:
 def _choose(job: Job, parts: Sequence[ray.data.Dataset], candidates: list[Candidate]) -> Chosen:
     """Let the candidates predict what they have not seen, and choose of them."""
     log = job.mirror.home.folder / "logs" / "predict.log"
-    with job.console.status("choosing the ensemble"), connection.quiet(log):
+    with job.console.status("choosing the ensemble"), quiet(log):
         known = outoffold.predict(parts, candidates, job.settings.seed, job.settings.gpus)
         selection = ensemble.choose(known)
         beside = [job.data.training] if len(parts) == 1 else []  # of whom nobody is judged
@@ -234,7 +236,7 @@ def _pseudo_refits(
     if known and not count(study).waiting and not (any(known) and refits.missing(study, members, len(parts))):
         return study, members
     log = job.mirror.home.folder / "logs" / "refits.log"
-    with job.console.status("labelling the test tiles"), connection.quiet(log):
+    with job.console.status("labelling the test tiles"), quiet(log):
         others = [folds.others(parts, fold) for fold in range(len(parts))]
         # No more than were labelled by hand: the contest's 18,000 test tiles would outvote those.
         labelled = [
@@ -334,7 +336,7 @@ def in_words(facts: dict[str, Any]) -> dict[str, str]:
                 f"{lone['map']:.4f} likewise, on those {lone['tiles']:,} without a neighbour in training"
             )
         if "pseudo_labels" in facts:
-            lines["pseudo-labels"] = pseudo.in_words(facts["pseudo_labels"])
+            lines["pseudo-labels"] = ensemble.pseudo_labels_in_words(facts["pseudo_labels"])
     left = [f"{facts[name]} {name}" for name in ("waiting", "failed") if facts.get(name)]
     if more := facts.get("trials_left"):
         left.append(f"not before the search's end: {counted(more, 'more trial')}, or a lower --trials")

@@ -18,7 +18,9 @@ from saltray.config import TrialConfig, counted
 from saltray.data import dataset, splitting
 from saltray.ensembles import refits
 from saltray.network.model import build_model, count_parameters
+from saltray.quiet import quiet
 from saltray.records import run
+from saltray.records.settings import Settings
 from saltray.search import space as spaces
 from saltray.search.engine import GRACE_EPOCHS, REDUCTION
 from saltray.search.packing import most_side_by_side, tiles_per_second, together
@@ -28,7 +30,7 @@ from saltray.sessions.view import duration, text
 SAMPLES = 10
 
 
-def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> None:
+def show(settings: Settings, *, address: str | None, synthetic: bool) -> None:
     """Print the space, ten sampled configurations with their parameter counts, and the plan.
 
     The networks are timed on noise, on a worker of the cluster as a trial would have. Nothing is written; not
@@ -41,14 +43,14 @@ def show(settings: run.Settings, *, address: str | None, synthetic: bool) -> Non
     if not synthetic:
         count = len(dataset.read_train(dataset.open_folder(settings.data)).rows)
     console = Console(file=sys.stdout, highlight=False)
-    with console.status("starting Ray"), connection.quiet(None):
+    with console.status("starting Ray"), quiet(None):
         samples = spaces.sample(
             space, SAMPLES, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial
         )
         connection.connect(address)
     try:
         chosen = session.plan_for(console, settings, space)
-        with console.status("timing the sampled networks"), connection.quiet(None):
+        with console.status("timing the sampled networks"), quiet(None):
             share = chosen.resources
             # Of those that share a GPU, as many as run at once.
             sharing = min(round(1 / share.gpus) if 0 < share.gpus < 1 else 1, chosen.concurrency)
@@ -139,7 +141,7 @@ def expected_epochs(epochs: int) -> float:
     return mean + share * (epochs - reached)
 
 
-def _estimate(settings: run.Settings, trial_seconds: float, concurrency: int) -> str:
+def _estimate(settings: Settings, trial_seconds: float, concurrency: int) -> str:
     most = trial_seconds * settings.trials / concurrency
     words = f"Estimated, of training alone: {duration(most)}, if no trial is stopped early"
     if settings.scheduler == "asha":
@@ -150,7 +152,7 @@ def _estimate(settings: run.Settings, trial_seconds: float, concurrency: int) ->
     return words + (f"; cut off at {' or '.join(bounds)}" if bounds else "") + "."
 
 
-def _refits(settings: run.Settings, tiles: int, tile_seconds: float, concurrency: int) -> str:
+def _refits(settings: Settings, tiles: int, tile_seconds: float, concurrency: int) -> str:
     """Write what the refits may take.
 
     Args:

@@ -15,7 +15,9 @@ from saltray import connection, demo, report
 from saltray.data import dataset, splitting
 from saltray.data.folds import Data
 from saltray.ensembles import candidates, ensemble_bundle
+from saltray.quiet import quiet
 from saltray.records import run, shared_folder, storage
+from saltray.records.settings import Settings
 from saltray.records.study import (
     NoStudyError,
     Place,
@@ -42,7 +44,7 @@ DEMO_TILES = 400
 
 def start(
     home: storage.Home,
-    settings: run.Settings,
+    settings: Settings,
     *,
     address: str | None,
     url: str | None = None,
@@ -80,7 +82,7 @@ def start(
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
             mirror.push()  # from now on, another session that still has the run is told
-            with connection.quiet(folder / "logs" / "search.log"):
+            with quiet(folder / "logs" / "search.log"):
                 study = create_study(place, settings.objective, space.path.read_text())
             summary.tell_start(console, data, left_out, settings, chosen, dashboard)
             if before is not None and other is not None:
@@ -90,16 +92,14 @@ def start(
         connection.disconnect()
 
 
-def resume(
-    home: storage.Home, settings: run.Settings, *, address: str | None, url: str | None = None
-) -> None:
+def resume(home: storage.Home, settings: Settings, *, address: str | None, url: str | None = None) -> None:
     """Go on with a run; see `start`."""
     folder = home.folder
     space = spaces.load(folder / "space.py")
     place = Place(folder, url or settings.study, settings.study_name)
     study: optuna.Study | None = None
     try:
-        with connection.quiet(None):
+        with quiet(None):
             study = load_study(place)
         spaces.refuse_change(study.user_attrs.get("space", ""), space.path)
     except NoStudyError:
@@ -125,7 +125,7 @@ def resume(
         with run.locked(folder), storage.Mirror(home) as mirror:
             run.write_settings(folder, settings, data.fingerprint)
             mirror.push()  # from now on, another session that still has the run is told
-            with connection.quiet(folder / "logs" / "search.log"):
+            with quiet(folder / "logs" / "search.log"):
                 study = study or create_study(place, settings.objective, space.path.read_text())
             summary.tell_start(console, data, left_out, settings, chosen, dashboard)
             if settings.warm_start and not is_adopted(study):  # the run was cut off before, or within it
@@ -145,25 +145,25 @@ def _connect(console: Console, address: str | None) -> str:
         console.print(
             "MLFLOW_TRACKING_URI: nothing is logged there without pip install -e '.[mlflow]'", markup=False
         )
-    with console.status("starting Ray"), connection.quiet(None):
+    with console.status("starting Ray"), quiet(None):
         tracking.mlflow_client()  # where it is asked for and cannot be reached, this is told now
         splitting.load()  # while Ray starts
         return connection.connect(address)
 
 
 def _probe(console: Console, home: storage.Home) -> None:
-    with console.status("trying the run's folder from every machine"), connection.quiet(None):
+    with console.status("trying the run's folder from every machine"), quiet(None):
         shared_folder.probe(home)
 
 
-def _check(space: Space, settings: run.Settings) -> None:
-    with connection.quiet(None):
+def _check(space: Space, settings: Settings) -> None:
+    with quiet(None):
         spaces.sample(
             space, CHECKED, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial
         )
 
 
-def plan_for(console: Console, settings: run.Settings, space: Space, trials: int | None = None) -> Plan:
+def plan_for(console: Console, settings: Settings, space: Space, trials: int | None = None) -> Plan:
     """Plan for the cluster that was joined and so many trials, by default all.
 
     Raises:
@@ -176,10 +176,10 @@ def plan_for(console: Console, settings: run.Settings, space: Space, trials: int
     if share == "auto" and settings.workers_per_trial > 1:
         raise PlanError("--gpus-per-trial auto: only trials of one worker share a GPU; leave it out")
     if share != 0:
-        with console.status("trying the GPUs, where there are any"), connection.quiet(None):
+        with console.status("trying the GPUs, where there are any"), quiet(None):
             gpus.check()
     if share == "auto":
-        with console.status("timing trials that share a GPU"), connection.quiet(None):
+        with console.status("timing trials that share a GPU"), quiet(None):
             # The space's first configuration; without one, a sampled one.
             _, config = spaces.sample(space, 1, epochs=settings.epochs, seed=settings.seed, workers=1)[0]
             share = packing.gpu_share(config, nodes, settings.cpus_per_trial or 1.0)
@@ -195,12 +195,12 @@ def plan_for(console: Console, settings: run.Settings, space: Space, trials: int
     return chosen
 
 
-def _read(console: Console, home: storage.Home, settings: run.Settings) -> tuple[Data, dict[str, str]]:
+def _read(console: Console, home: storage.Home, settings: Settings) -> tuple[Data, dict[str, str]]:
     """Read, decode and check all tiles; return them and what was left out.
 
     What an ensemble with other runs on them cannot have is told here, before the search.
     """
-    with console.status("reading and checking the tiles"), connection.quiet(None):
+    with console.status("reading and checking the tiles"), quiet(None):
         folder = dataset.open_folder(settings.data)
         train, test = dataset.read_train(folder), dataset.read_test(folder)
         coverage, groups = train.rows["coverage"], splitting.read_groups(train, settings.split)
@@ -228,7 +228,7 @@ def _read(console: Console, home: storage.Home, settings: run.Settings) -> tuple
 def _load_other(folder: Path) -> optuna.Study:
     """Open the study of the run that a new one starts from."""
     settings = run.read_settings(folder)
-    with connection.quiet(None):
+    with quiet(None):
         return load_study(Place(folder, settings.study, settings.study_name))
 
 
@@ -237,13 +237,13 @@ def _adopt(
     study: optuna.Study,
     other: optuna.Study,
     space: Space,
-    settings: run.Settings,
+    settings: Settings,
     data: Data,
     folder: Path,
 ) -> None:
     """Take over another run's results, or its best parameters where the scores do not compare."""
     known, origin = run.read(folder), str(settings.warm_start)  # a URI's folder is a copy
-    before = run.Settings.model_validate(known["settings"])
+    before = Settings.model_validate(known["settings"])
     differs = [
         name
         for name, same in {
@@ -253,7 +253,7 @@ def _adopt(
         }.items()
         if not same
     ]
-    with connection.quiet(None):
+    with quiet(None):
         taken = adopt(study, other, space.draw, origin, compares=not differs)
     if differs:
         console.print(
@@ -274,7 +274,7 @@ def _adopt(
 def _search_and_predict(
     console: Console,
     mirror: storage.Mirror,
-    settings: run.Settings,
+    settings: Settings,
     space: Space,
     chosen: Plan,
     data: Data,
@@ -287,12 +287,12 @@ def _search_and_predict(
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(view)
-        stack.enter_context(connection.quiet(folder / "logs" / "search.log"))
+        stack.enter_context(quiet(folder / "logs" / "search.log"))
         trackers = [stack.enter_context(tracker) for tracker in tracking.trackers(folder, study)]
         tiles = Tiles.share(data.training, data.validation, chosen.resources.workers)
-        callbacks = [view, *trackers, storage.Mirroring(mirror)]
+        callbacks = [view, *trackers, tracking.Mirroring(mirror)]
         reached = search.run_search(space, tiles, chosen, mirror.home.trials, study, settings, callbacks)
-    with console.status("predicting"), connection.quiet(folder / "logs" / "predict.log"):
+    with console.status("predicting"), quiet(folder / "logs" / "predict.log"):
         # A submission that an ensemble has written stays until the next ensemble is there.
         submit = not (folder / ensemble_bundle.FOLDER).exists()
         best, facts = outcome.publish_best(folder, study, data, submit=submit, gpus=settings.gpus)
@@ -305,7 +305,7 @@ def _search_and_predict(
             facts["ensemble"] = blend.run_all(job)
         except Exception as error:
             problem = error
-    with console.status("writing the report"), connection.quiet(folder / "logs" / "report.log"):
+    with console.status("writing the report"), quiet(folder / "logs" / "report.log"):
         facts["report"] = _report(mirror.home, study)
     summary.tell_end(console, mirror.home, settings, study, best, facts, reached)
     if problem is not None:

@@ -14,6 +14,7 @@ from saltray.contest import submission
 from saltray.data.folds import Data
 from saltray.prediction.postprocessing import Postprocessing
 from saltray.records import run, storage
+from saltray.records.settings import Settings, as_options
 from saltray.records.study import count, nondominated, objective_of, own_trials, score
 from saltray.search.plan import Plan
 from saltray.sessions import blend
@@ -36,7 +37,7 @@ def tell_start(
     console: Console,
     data: Data,
     left_out: dict[str, str],
-    settings: run.Settings,
+    settings: Settings,
     chosen: Plan,
     dashboard: str,
 ) -> None:
@@ -59,7 +60,7 @@ def tell_start(
 def tell_end(
     console: Console,
     home: storage.Home,
-    settings: run.Settings,
+    settings: Settings,
     study: optuna.Study,
     best: FrozenTrial,
     facts: dict[str, Any],
@@ -116,7 +117,7 @@ def tell_end(
     unfinished = counts.waiting and counts.ended < settings.trials
     if unfinished or ensemble.get("waiting") or ensemble.get("trials_left"):
         lines["go on"] = escape(f"python -m saltray.tune --resume {shlex.quote(str(home))}")
-    lines["repeat"] = f"python -m saltray.tune {escape(run.options(settings, folder / 'space.py'))}"
+    lines["repeat"] = f"python -m saltray.tune {escape(as_options(settings, folder / 'space.py'))}"
     for name, value in lines.items():
         # Soft-wrapped: paths and commands stay whole, to be copied.
         console.print(f"[dim]{name:<16}[/]{value}", soft_wrap=True)

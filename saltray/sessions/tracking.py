@@ -1,4 +1,4 @@
-"""A search as other tools show it: TensorBoard's event files, and MLflow where it is set up."""
+"""What a search writes for others while it runs: TensorBoard's files, MLflow's runs, what its URI holds."""
 
 import contextlib
 import importlib.util
@@ -23,6 +23,7 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import hparams, image, scalar
 
 from saltray.config import UserError
+from saltray.records import storage
 from saltray.training.samples import PICTURE
 
 if TYPE_CHECKING:
@@ -274,6 +275,31 @@ class MLflow(tune.Callback):
             self._client.set_tag(run, "saltray.reason", trial.user_attrs["reason"])
         ended = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "FINISHED", TrialState.FAIL: "FAILED"}
         self._client.set_terminated(run, ended.get(trial.state, "KILLED"))
+
+
+class Mirroring(tune.Callback):
+    """Mirrors the run while its trials go on. It is called after the study knows of an event.
+
+    What it raises, Overtaken, ends the search: at a trial's end too, by `saltray.search.search.Ends`.
+    """
+
+    def __init__(self, mirror: storage.Mirror) -> None:
+        """Keep the mirror."""
+        self._mirror = mirror
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+    ) -> None:
+        """Mirror now and then."""
+        self._mirror.push_soon()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Mirror an end at once."""
+        self._mirror.push_now()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Mirror an end at once."""
+        self._mirror.push_now()
 
 
 def trackers(folder: Path, study: optuna.Study) -> list[TensorBoard | MLflow]:

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from saltray.records import run
+from saltray.records import environment
 from tests.cluster.hosts import hosts, missing
 from tests.faults.bench import Bench
 from tests.faults.injected import FAULTS
@@ -63,7 +63,7 @@ def main(names: list[str]) -> None:
         sys.exit(f"{min(unknown)}: there are {', '.join(FAULTS)}")
     if reason := missing():
         sys.exit(reason)
-    environment = run.environment()
+    here = environment.describe()
     failed: list[str] = []
     with hosts() as these:
         bench = Bench(these)
@@ -79,7 +79,7 @@ def main(names: list[str]) -> None:
                 continue
             figures["seconds in all"] = round(time.monotonic() - started, 1)
             print(name, json.dumps(figures, indent=2), flush=True)
-            keep(name, figures, environment)
+            keep(name, figures, here)
             bench.heal()
     if failed:
         sys.exit(f"no figures of: {', '.join(failed)}")

@@ -8,7 +8,8 @@ import playwright.sync_api
 import pytest
 from optuna.trial import TrialState
 
-from saltray import connection, report
+from saltray import report
+from saltray.quiet import quiet
 from tests.runs import START, make_run, make_trial
 
 Show = Callable[[Path, int], playwright.sync_api.Page]
@@ -40,7 +41,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     failed = make_trial(TrialState.FAIL, [], reason="the loss is nan in epoch 1")
     folder = make_run(tmp_path_factory.mktemp("full"), [*complete, *stopped, failed], predicted=True)
-    with connection.quiet(None):
+    with quiet(None):
         return report.write(folder)
 
 
@@ -70,7 +71,7 @@ def test_every_figure_is_drawn_and_labelled(full: Path, show: Show, width: int) 
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_report_of_nothing_is_a_page(tmp_path: Path, show: Show, width: int) -> None:
-    with connection.quiet(None):
+    with quiet(None):
         page = show(report.write(make_run(tmp_path, [])), width)
     assert page.locator(".plotly-graph-div").count() == 0
     assert page.locator("section p", has_text="Nothing yet").count() > 8

@@ -14,7 +14,7 @@ from saltray.ensembles import refits
 from saltray.ensembles.candidates import kept
 from saltray.ensembles.outoffold import Candidate, Source
 from saltray.network.model import build_model
-from saltray.records import run
+from saltray.records.settings import Settings
 from saltray.records.storage import Home, Mirror
 from saltray.records.study import Place, create_study
 from saltray.search import search
@@ -38,7 +38,7 @@ def make_job(folder: Path, scores: list[float], **settings: Any) -> blend.Job:
         study.add_trial(
             make_trial(TrialState.COMPLETE, [score], checkpoint=str(place), hardware={"gpus": 1.0})
         )
-    given = run.Settings(**{"data": "DIR", "space": "space.py", "trials": 3, **settings})
+    given = Settings(**{"data": "DIR", "space": "space.py", "trials": 3, **settings})
     (folder / "logs").mkdir()
     chosen = Plan(1, WorkerResources(1, 1, 1))
     return blend.Job(NOTHING, Mirror(Home(folder)), given, study, NOTHING, chosen, time.monotonic())

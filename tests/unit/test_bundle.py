@@ -15,13 +15,14 @@ import yaml
 from PIL import Image
 from torch import nn
 
+from saltray import config
 from saltray.config import DEBUG, ModelConfig, Split
 from saltray.contest import rle
-from saltray.data import splitting
 from saltray.ensembles import ensemble_bundle
 from saltray.network.model import build_model, to_input
 from saltray.prediction import bundle, inference
 from saltray.records import run
+from saltray.records.settings import Settings
 from saltray.training import checkpoint
 
 METRICS = {
@@ -49,9 +50,7 @@ def make_bundle(folder: Path, config: ModelConfig = DEBUG.model, seed: int = 0) 
 
 
 def make_run(folder: Path, split: Split = "coverage") -> Path:
-    settings = run.Settings(
-        data="/surveys/gulf {2}", space="space.py", split=split, trials=3, epochs=2, seed=7
-    )
+    settings = Settings(data="/surveys/gulf {2}", space="space.py", split=split, trials=3, epochs=2, seed=7)
     run.write_settings(folder, settings, "0123abcd")
     return folder
 
@@ -207,7 +206,7 @@ def test_the_cards_tell_what_the_split_does_with_neighbours(
         "| likewise, on those 2,951 that lie beside no tile of their models' training | 0.5988 |"
     }
     for card in (best, ensemble):
-        assert f"- {splitting.NEIGHBOURS[split]}" in " ".join(card.split())
+        assert f"- {config.NEIGHBOURS[split]}" in " ".join(card.split())
         assert ("flatters the score on the other" in " ".join(card.split())) == flatters
     assert ("coverage and keeping neighbours together, seed 7" in " ".join(best.split())) == (not flatters)
 

@@ -10,6 +10,7 @@ from saltray.config import DEBUG
 from saltray.ensembles import candidates, refits
 from saltray.network.model import build_model
 from saltray.records import run
+from saltray.records.settings import Settings, as_options
 from saltray.records.storage import Home
 from saltray.records.study import REFITS, Place, create_study, keep_trials_at, load_study
 from saltray.training import checkpoint
@@ -18,8 +19,8 @@ from tests.runs import make_trial
 TILES = "0123456789abcdef"
 
 
-def settings(**values: Any) -> run.Settings:
-    return run.Settings(**{"data": "DIR", "space": "space.py", "trials": 2, "epochs": 1, **values})
+def settings(**values: Any) -> Settings:
+    return Settings(**{"data": "DIR", "space": "space.py", "trials": 2, "epochs": 1, **values})
 
 
 def save(place: Path) -> str:
@@ -108,5 +109,5 @@ def test_a_copy_without_trials_still_finds_those_at_the_runs_uri(other: Path, tm
 
 
 def test_the_command_names_every_run() -> None:
-    words = run.options(settings(ensemble=2, ensemble_with=["runs/a", "runs/b c"]), Path("space.py"))
+    words = as_options(settings(ensemble=2, ensemble_with=["runs/a", "runs/b c"]), Path("space.py"))
     assert "--ensemble-with runs/a --ensemble-with 'runs/b c'" in words

@@ -11,9 +11,8 @@ from PIL import Image
 
 from saltray import demo, explore
 from saltray.cli import run_program
-from saltray.config import Split, UserError
+from saltray.config import NEIGHBOURS, Split, UserError
 from saltray.data import survey
-from saltray.data.splitting import NEIGHBOURS
 from saltray.reporting import data_page
 from tests.unit.contrast import LEAST, contrasts
 

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[2] / "saltray"
 LAYERS = """
 config
 local_ray ray_host
-cli connection
+cli quiet
+connection
 
 contest: rle csvfile
 contest: metrics
@@ -32,7 +33,8 @@ training: samples
 training: trial
 
 records: storage
-records: shared_folder trial_files study
+records: shared_folder trial_files study environment
+records: settings
 records: run
 
 prediction: members postprocessing
@@ -84,12 +86,14 @@ FILES = {
 MODULES = list(FILES)
 FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in LEVEL if "." in name))
 WITHOUT_RAY = {
-    *("config", "local_ray", "cli", "demo", "score"),
+    *("config", "local_ray", "cli", "quiet", "demo", "score"),
     *(name for name in MODULES if name.startswith(("contest.", "network."))),
     *("data.png", "data.augment", "training.checkpoint", "training.loop"),
-    *("training.samples", "ensembles.ensemble", "records.study"),
+    *("training.samples", "ensembles.ensemble"),
+    *("records.storage", "records.study", "records.environment", "records.settings", "records.run"),
     *("prediction.members", "prediction.postprocessing", "prediction.validation"),
-    *("reporting.page", "reporting.trial_figures", "reporting.tile_figures"),
+    *(name for name in MODULES if name.startswith("reporting.") and name != "reporting.data_page"),
+    "report",
 }
 
 
@@ -203,6 +207,8 @@ def test_no_module_is_too_long(name: str) -> None:
         # The report draws with these, the split needs them: before the first words they would cost a second.
         ("sessions.session", {"plotly", "jinja2", "sklearn", "scipy"}),
         ("training.trial", {"optuna", "plotly", "sklearn", "scipy"}),
+        # It reads files alone: half of its start would be Ray's imports.
+        ("reporting.sections", {"ray"}),
     ],
 )
 def test_no_process_loads_what_it_does_not_use(module: str, unwanted: set[str]) -> None:

@@ -12,11 +12,12 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from saltray import connection, report
-from saltray.config import Split, UserError
-from saltray.data.splitting import NEIGHBOURS
+from saltray import report
+from saltray.config import NEIGHBOURS, Split, UserError
 from saltray.prediction import validation
+from saltray.quiet import quiet
 from saltray.records import run, storage
+from saltray.records.settings import as_options
 from saltray.records.study import load_study, nondominated, score
 from saltray.reporting import sections, tile_figures, trial_figures
 from tests.runs import START, make_run, make_trial
@@ -51,7 +52,7 @@ def trials() -> list[FrozenTrial]:
 
 def told(folder: Path) -> tuple[dict[str, str], str]:
     """Write a report; return what is read in each section, and the whole HTML."""
-    with connection.quiet(None):
+    with quiet(None):
         html = report.write(folder).read_text()
     parts = re.findall(r'<section id="section-\d+">\s*<h2>(.*?)</h2>(.*?)</section>', html, re.DOTALL)
     without_scripts = {
@@ -81,7 +82,7 @@ def test_a_run_tells_everything(tmp_path: Path, trials: list[FrozenTrial]) -> No
     assert "<script>alert" not in html
     assert "abc123" in text["Environment"]
     assert "secret" not in html
-    assert "u:pw" not in html
+    assert ":pw@" not in html
 
 
 def test_the_environment_has_the_whole_command(tmp_path: Path) -> None:
@@ -98,8 +99,8 @@ def test_the_environment_has_the_whole_command(tmp_path: Path) -> None:
         **{"skip_bad": True, "folds": 3, "warm_start": "s3://me@bucket/run"},
     )
     words = " ".join(told(folder)[0]["Environment"].split())
-    options = run.options(run.read_settings(folder), folder.resolve() / "space.py")
-    assert f"python -m saltray.tune {options.replace('user:secret@', '')} tiles 0," in words
+    options = as_options(run.read_settings(folder), folder.resolve() / "space.py")
+    assert f"python -m saltray.tune {options.replace(':secret@', ':***@')} tiles 0," in words
     for option in ("--searcher gp", "--skip-bad", "--seed 7", "s3://me@bucket/run"):
         assert option in words
 
@@ -311,7 +312,7 @@ def test_what_is_damaged_is_named_and_an_old_report_stays(
     folder = make_run(tmp_path, [], predicted=True)
     before = report.write(folder).read_text()
     (folder / file).write_text(content)
-    with connection.quiet(None), pytest.raises(UserError, match=message):
+    with quiet(None), pytest.raises(UserError, match=message):
         report.write(folder)
     assert (folder / "report.html").read_text() == before
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from saltray.records import run, storage
-from saltray.records.run import RunError, Settings
+from saltray.records import environment, run, storage
+from saltray.records.run import RunError
+from saltray.records.settings import Settings, as_options
 
 SETTINGS = Settings(data="DIR", space="space.py", trials=3, epochs=2, seed=0)
 
@@ -85,21 +86,21 @@ def test_the_commit_is_saltrays_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def git(*arguments: str) -> None:
         subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
 
-    module = tmp_path / "env" / "saltray" / "records" / "run.py"
+    module = tmp_path / "env" / "saltray" / "records" / "environment.py"
     module.parent.mkdir(parents=True)
     module.touch()
     git("init", "-q")
     git("add", ".")
     git("-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "-m", "somebody's work")
-    monkeypatch.setattr(run, "__file__", str(module))
-    assert run.environment()["commit"] is None
+    monkeypatch.setattr(environment, "__file__", str(module))
+    assert environment.describe()["commit"] is None
     shutil.move(tmp_path / ".git", tmp_path / "env" / ".git")
-    assert run.environment()["commit"]
+    assert environment.describe()["commit"]
 
 
 def test_sessions_of_two_machines_are_never_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = run.environment()
-    monkeypatch.setattr(run, "environment", lambda: known)
+    known = environment.describe()
+    monkeypatch.setattr(environment, "describe", lambda: known)
     for name in ("h1", "h2"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
@@ -141,7 +142,7 @@ def test_an_ensemble_that_makes_no_sense_is_refused(given: dict[str, Any], words
 
 def test_the_command_of_a_run_has_all_its_options() -> None:
     more = SETTINGS.model_copy(update={"folds": 5, "ensemble": 4, "pseudo_labels": True, "skip_bad": True})
-    words = run.options(more, Path("space.py"))
+    words = as_options(more, Path("space.py"))
     for option in ("--folds 5", "--ensemble 4", "--pseudo-labels", "--skip-bad"):
         assert option in words
     assert "True" not in words

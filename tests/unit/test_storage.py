@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from saltray.records import storage, trial_files
+from saltray.sessions import tracking
 
 
 def test_a_path_is_its_own_home_and_a_uri_has_a_working_folder(
@@ -233,8 +234,8 @@ def test_a_session_with_whose_run_another_has_gone_on_copies_nothing_more(
             pass
         write(place.folder, "submission.csv")
         for mirror in (
-            storage.Mirroring(cut_off).on_trial_complete,
-            storage.Mirroring(cut_off).on_trial_error,
+            tracking.Mirroring(cut_off).on_trial_complete,
+            tracking.Mirroring(cut_off).on_trial_error,
         ):
             with pytest.raises(storage.Overtaken):
                 mirror(0, [], None)
