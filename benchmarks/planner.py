@@ -12,15 +12,15 @@ import resource
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import optuna
 import ray
 import torch
 import typer
-from ray import tune
 from rich.console import Console
 
+from benchmarks import trivial
 from saltray.cli import run_program
 from saltray.config import TILE, SearchConfig, TrialConfig
 from saltray.network.model import EncoderDecoder
@@ -47,18 +47,6 @@ NFS_MB, S3_MB = 110.0, 1000.0
 """Assumed: what an NFS server on 1 Gbit/s takes a second, and what S3 takes from one prefix."""
 
 
-class Share(NamedTuple):
-    """Stands for `saltray.training.trial.WorkerResources`, without torch: 64 actors must fit in memory."""
-
-    workers: int = 1
-    cpus: float = 1.0
-    gpus: float = 1.0
-
-    def training(self) -> dict[str, float]:
-        """Return what a trial asks of Ray."""
-        return {"CPU": 0.9, "GPU": 1.0}
-
-
 def space(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
     """Draw four parameters, as the search spaces do."""
     return {
@@ -69,18 +57,6 @@ def space(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
         },
         "optim": {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True)},
     }
-
-
-def trivial_trial(spec: dict[str, Any], **_: Any) -> None:
-    """Report every epoch at once, with a checkpoint of one small file."""
-    epochs = spec["config"]["epochs"]
-    for epoch in range(1, epochs + 1):
-        metrics = {"map": epoch / epochs, "best_map": epoch / epochs, "loss": 1.0, "learning_rate": 1e-3}
-        speed = {"seconds": 1.0 + epoch / 1e3, "tiles_per_second": 1.0, "validation_tiles_per_second": 1.0}
-        more = {"epoch": epoch, "parameters": 1, "device": "none", "workers": 1, "finished": epoch == epochs}
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "metrics.json").write_text("{}")
-            tune.report(metrics | speed | more, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 def measure(nodes: int, trials: int, epochs: int) -> dict[str, float]:
@@ -97,8 +73,8 @@ def measure(nodes: int, trials: int, epochs: int) -> dict[str, float]:
         ):
             before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
             search.run_search(
-                Space(space, (), Path("planner")), None, Plan(nodes, Share()),  # type: ignore[arg-type]
-                str(folder / "trials"), study, config, [view, board],
+                Space(space, (), Path("planner")), None, Plan(nodes, trivial.Resources(gpus=1.0)),  # type: ignore[arg-type]
+                str(folder / "trials"), study, config, [view, board], trivial.run_trial,
             )  # fmt: skip
             after, wall = resource.getrusage(resource.RUSAGE_SELF), time.monotonic() - started
         done = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.get_trials(deepcopy=False))
@@ -164,7 +140,6 @@ def main(
     out: Annotated[Path, typer.Option(help="Where to write.")] = Path("benchmarks/results/planner.json"),
 ) -> None:
     """Measure the driver, predict, print a table and write all figures."""
-    search.run_trial = trivial_trial  # type: ignore[attr-defined]
     megabytes, costs, rows = checkpoint_mb(), {}, []
     for count in nodes or [1, 8, 64]:
         if count <= measured:

@@ -18,7 +18,7 @@ from saltray.records.study import Place, create_study
 from saltray.search import search
 from saltray.search.plan import Plan, plan
 from saltray.search.space import Space
-from saltray.training.trial import Tiles
+from saltray.training.trial import Tiles, run_trial
 
 Draw = Callable[[optuna.trial.BaseTrial], dict[str, Any]]
 
@@ -59,6 +59,7 @@ def run_here(
     config: SearchConfig,
     enqueue: Sequence[dict[str, Any]] = (),
     callbacks: Sequence[tune.Callback] = (),
+    trainable: Callable[..., None] = run_trial,
 ) -> optuna.Study:
     """Search in a folder that goes away; return the study's trials, in memory.
 
@@ -78,6 +79,7 @@ def run_here(
             study,
             config,
             callbacks,
+            trainable,
         )
         done = study.get_trials(deepcopy=False)
         kept = optuna.create_study(direction="maximize")

@@ -7,21 +7,21 @@ they keep the driver busier than any real search would. So the overhead of one, 
 against a quarter of a minute: what ASHA lets the weakest trials have on a GPU, three epochs of five seconds.
 """
 
+import functools
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState, create_trial
-from ray import tune
 
+from benchmarks import trivial
 from benchmarks.rows import Row, at_most, median, seconds
 from benchmarks.searches import run_here
 from saltray import connection
 from saltray.config import SearchConfig
 from saltray.records.study import Place, create_study
-from saltray.search import search
 from saltray.search.plan import Plan
 from saltray.search.searcher import COLUMNS, StudySearch
 from saltray.search.space import Space
@@ -32,18 +32,6 @@ REALISTIC = 15.0
 """Seconds of a short real trial."""
 SIZES = (10, 100, 300, 1000)
 SUGGESTIONS = 7
-
-
-class Share(NamedTuple):
-    """`saltray.training.trial.WorkerResources` without torch behind it."""
-
-    workers: int = 1
-    cpus: float = 1.0
-    gpus: float = 0.0
-
-    def training(self) -> dict[str, float]:
-        """Return what a trial asks of Ray."""
-        return {"CPU": 0.9}
 
 
 def space(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
@@ -59,21 +47,6 @@ def space(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
     return {"model": model, "optim": {"learning_rate": trial.suggest_float("rate", 1e-4, 1e-1, log=True)}}
 
 
-def sleeping_trial(spec: dict[str, Any], **_: Any) -> None:
-    """Sleep and report, once an epoch."""
-    epochs = spec["config"]["epochs"]
-    for epoch in range(1, epochs + 1):
-        time.sleep(EPOCH_SECONDS)
-        score = spec["config"]["model"]["dropout"]
-        speed = {"seconds": EPOCH_SECONDS + epoch / 1e3, "tiles_per_second": 1.0}
-        row = {"epoch": epoch, "map": score, "best_map": score, "loss": 1.0, "learning_rate": 1e-3}
-        more = {"validation_tiles_per_second": 1.0, "parameters": 1, "device": "none", "workers": 1}
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "metrics.json").write_text("{}")
-            checkpoint = tune.Checkpoint.from_directory(folder)
-            tune.report(row | speed | more | {"finished": epoch == epochs}, checkpoint=checkpoint)
-
-
 def measure() -> list[Row]:
     """Measure the search, and the suggestions."""
     return [*overhead(TRIALS), *suggestions()]
@@ -81,12 +54,13 @@ def measure() -> list[Row]:
 
 def overhead(trials: int) -> list[Row]:
     """Run the trials through saltray's own search; tell what was measured, and what it is of real trials."""
-    setattr(search, "run_trial", sleeping_trial)  # noqa: B010
     connection.connect(None, cpus=SIDE_BY_SIDE)
-    chosen, config = Plan(SIDE_BY_SIDE, Share()), SearchConfig(trials=trials, epochs=EPOCHS, scheduler="none")  # type: ignore[arg-type]
+    sleeping = functools.partial(trivial.run_trial, epoch_seconds=EPOCH_SECONDS)
+    chosen = Plan(SIDE_BY_SIDE, trivial.Resources())  # type: ignore[arg-type]
+    config = SearchConfig(trials=trials, epochs=EPOCHS, scheduler="none")
     first = SearchConfig(trials=2 * SIDE_BY_SIDE, epochs=1, scheduler="none")
-    start = seconds(lambda: run_here(space, None, chosen, first))
-    taken = seconds(lambda: run_here(space, None, chosen, config))
+    start = seconds(lambda: run_here(space, None, chosen, first, trainable=sleeping))
+    taken = seconds(lambda: run_here(space, None, chosen, config, trainable=sleeping))
     connection.disconnect()
     length = EPOCHS * EPOCH_SECONDS
     ideal = trials * length / SIDE_BY_SIDE
@@ -114,7 +88,7 @@ def suggestions() -> list[Row]:
             _fill(study, size)
             config = SearchConfig(trials=10 * size, epochs=50)
             source = Space(space, (), Path("benchmark"))
-            searcher = StudySearch(source, study, config, parallel=True, resources=Share())  # type: ignore[arg-type]
+            searcher = StudySearch(source, study, config, parallel=True, resources=trivial.Resources())  # type: ignore[arg-type]
             times = []
             for i in range(SUGGESTIONS):
                 started = time.perf_counter()

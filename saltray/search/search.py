@@ -148,7 +148,7 @@ def run_search(
     study: optuna.Study,
     config: SearchConfig,
     callbacks: Sequence[tune.Callback] = (),
-    trainable: Callable[..., None] | None = None,
+    trainable: Callable[..., None] = run_trial,
 ) -> str:
     """Run trials until the study has enough ended ones, a budget is used up, or Ctrl-C.
 
@@ -160,7 +160,7 @@ def run_search(
         study: is asked and told; `config.trials` counts all its own ended trials.
         config: the engine and the budgets.
         callbacks: further Tune callbacks.
-        trainable: what runs a trial, if not `run_trial`; it gets the tiles as they are given here.
+        trainable: what runs a trial, as Tune's function trainable; it gets the tiles as they are given here.
 
     Returns:
         Which limit ended the search; empty where all trials came to an end.
@@ -192,9 +192,7 @@ def run_search(
     session = f"session-{max(earlier, default=0) + 1:02d}"
     # The trial of several workers only drives them; each worker asks for its own.
     asked = resources.training() if resources.workers == 1 else {"CPU": 0.01}
-    runs = tune.with_parameters(
-        trainable or run_trial, tiles=tiles, resources=resources, storage=f"{trials_at}/{session}"
-    )
+    runs = tune.with_parameters(trainable, tiles=tiles, resources=resources, storage=f"{trials_at}/{session}")
     tuner = tune.Tuner(
         tune.with_resources(runs, asked),
         tune_config=tune.TuneConfig(

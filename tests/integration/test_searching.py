@@ -29,7 +29,7 @@ from saltray.search.searcher import SearchError
 from saltray.search.space import Space
 from saltray.sessions import tracking
 from saltray.training import checkpoint, loop
-from saltray.training.trial import Tiles, WorkerResources
+from saltray.training.trial import Tiles, WorkerResources, run_trial
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -61,11 +61,11 @@ def tiles(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Tiles:
 
 def run_search(folder: Path, tiles: Tiles, chosen: Plan = ONE, **options: Any) -> Any:
     folder.mkdir(exist_ok=True)
-    callbacks = options.pop("callbacks", [])
+    callbacks, trainable = options.pop("callbacks", []), options.pop("trainable", run_trial)
     config = SearchConfig(**{"trials": 3, "epochs": 2} | options)
     there = (folder / "study.db").exists()
     study = load_study(folder) if there else create_study(Place(folder))
-    search.run_search(SPACE, tiles, chosen, str(folder / "trials"), study, config, callbacks)
+    search.run_search(SPACE, tiles, chosen, str(folder / "trials"), study, config, callbacks, trainable)
     return study
 
 
@@ -144,11 +144,10 @@ def test_trials_that_crash_one_after_the_other_end_the_search(
     def fake(spec: dict[str, Any], **_: Any) -> None:
         raise ValueError("no such driver")
 
-    monkeypatch.setattr(search, "run_trial", fake)
     monkeypatch.setattr(search, "RETRIES", 0)
     monkeypatch.setattr(search, "CRASHES", 2)
     with pytest.raises(SearchError, match=r"2 trials in a row crashed.*no such driver.*--resume"):
-        run_search(tmp_path, NOTHING, trials=9)
+        run_search(tmp_path, NOTHING, trials=9, trainable=fake)
     assert count(load_study(tmp_path)) == Counts(0, 0, 1, 1)
 
 
@@ -234,7 +233,7 @@ def test_a_killed_trial_goes_on_from_its_last_epoch(tiles: Tiles, tmp_path: Path
     assert study.trials[0].state == TrialState.COMPLETE
 
 
-def test_failures_end_their_trial_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_end_their_trial_and_no_other(tmp_path: Path) -> None:
     def fake(spec: dict[str, Any], **_: Any) -> None:
         if spec["number"] == 1:
             raise OSError("the disk is full")
@@ -244,8 +243,7 @@ def test_failures_end_their_trial_and_no_other(tmp_path: Path, monkeypatch: pyte
         for epoch in (1, 2):
             tune.report({"epoch": epoch, "best_map": 0.5, "finished": epoch == 2})
 
-    monkeypatch.setattr(search, "run_trial", fake)
-    study = run_search(tmp_path, NOTHING, TWO, trials=5)
+    study = run_search(tmp_path, NOTHING, TWO, trials=5, trainable=fake)
     states = [t.state for t in study.trials]
     assert states.count(TrialState.COMPLETE) == 3
     assert (states[1], states[2]) == (TrialState.FAIL, TrialState.FAIL)
@@ -263,8 +261,7 @@ def test_trials_have_no_environment_of_their_own(tmp_path: Path, monkeypatch: py
         failed = {"failed": f"environment: {dict(own)}"} if own else {}
         tune.report({"epoch": 1, "best_map": 0.0, "finished": True, **failed})
 
-    monkeypatch.setattr(search, "run_trial", fake)
-    (trial,) = run_search(tmp_path, NOTHING, trials=1, epochs=1).trials
+    (trial,) = run_search(tmp_path, NOTHING, trials=1, epochs=1, trainable=fake).trials
     assert trial.state == TrialState.COMPLETE, trial.user_attrs
 
 
@@ -279,19 +276,17 @@ def test_short_trials_take_turns_in_as_many_processes_as_run_side_by_side(
         return add(*args, **kwargs)
 
     monkeypatch.setattr(RayActorManager, "add_actor", counted)
-    monkeypatch.setattr(search, "run_trial", one_epoch)
-    study = run_search(tmp_path, NOTHING, TWO, trials=12, epochs=1)
+    study = run_search(tmp_path, NOTHING, TWO, trials=12, epochs=1, trainable=one_epoch)
     assert count(study).complete == 12
     assert len(started) == TWO.concurrency
 
 
-def test_stopped_early_is_pruned_with_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_early_is_pruned_with_its_values(tmp_path: Path) -> None:
     def fake(spec: dict[str, Any], **_: Any) -> None:
         for epoch in range(1, 10):
             tune.report({"epoch": epoch, "best_map": 0.9 - 0.1 * spec["number"], "finished": epoch == 9})
 
-    monkeypatch.setattr(search, "run_trial", fake)
-    study = run_search(tmp_path, NOTHING, trials=4, epochs=9)
+    study = run_search(tmp_path, NOTHING, trials=4, epochs=9, trainable=fake)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] + 3 * [TrialState.PRUNED]
     assert reported_epochs(study) == [list(range(1, 10))] + 3 * [[1, 2, 3]]
 
@@ -323,13 +318,13 @@ def test_time_budget_cuts_trials_off_and_they_go_on_later(
             return time.monotonic() + 10_000 * (len(self.there) == 2)
 
     clock = Clock()
-    monkeypatch.setattr(search, "run_trial", pausing(8))
     monkeypatch.setattr(limits, "time", clock)
-    study = run_search(tmp_path, NOTHING, TWO, trials=2, epochs=4, time_budget=1000, callbacks=[clock])
+    study = run_search(
+        tmp_path, NOTHING, TWO, trials=2, epochs=4, time_budget=1000, callbacks=[clock], trainable=pausing(8)
+    )
     assert count(study).waiting == 2
     assert reported_epochs(study) == 2 * [[1, 2]]
-    monkeypatch.setattr(search, "run_trial", pausing(0))
-    study = run_search(tmp_path, NOTHING, TWO, trials=2, epochs=4)
+    study = run_search(tmp_path, NOTHING, TWO, trials=2, epochs=4, trainable=pausing(0))
     assert count(study) == Counts(2, 0, 0, 0)
     assert reported_epochs(study) == 2 * [[1, 2, 3, 4]]
 
@@ -338,23 +333,19 @@ def one_epoch(spec: dict[str, Any], **_: Any) -> None:
     tune.report({"epoch": 1, "best_map": 0.5, "finished": True})
 
 
-def test_all_first_trials_are_tried_though_a_session_was_cut_off_among_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(search, "run_trial", one_epoch)
+def test_all_first_trials_are_tried_though_a_session_was_cut_off_among_them(tmp_path: Path) -> None:
     first = [{"filters": n, "learning_rate": 1e-2} for n in (1, 2, 3)]
     study = create_study(Place(tmp_path))
     study.enqueue_trial(first[0])
     space, config = Space(draw, first, Path("space.py")), SearchConfig(trials=3, epochs=1)
     for _ in range(2):  # the second time all is done
-        search.run_search(space, NOTHING, ONE, str(tmp_path / "trials"), study, config, [])
+        search.run_search(space, NOTHING, ONE, str(tmp_path / "trials"), study, config, [], one_epoch)
         assert [t.params for t in study.trials] == first
 
 
-def test_patience_begins_no_more_trials_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "run_trial", one_epoch)
+def test_patience_begins_no_more_trials_and_says_so(tmp_path: Path) -> None:
     study, config = create_study(Place(tmp_path)), SearchConfig(trials=20, epochs=1, patience=2)
-    reached = search.run_search(SPACE, NOTHING, ONE, str(tmp_path / "trials"), study, config, [])
+    reached = search.run_search(SPACE, NOTHING, ONE, str(tmp_path / "trials"), study, config, [], one_epoch)
     assert reached == "no better score in the last 2 trials"
     assert count(study) == Counts(3, 0, 0, 0)
 
@@ -365,10 +356,9 @@ def test_a_full_disk_ends_the_search_and_fails_no_trial(
     def fake(spec: dict[str, Any], **_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights.safetensors")
 
-    monkeypatch.setattr(search, "run_trial", fake)
     monkeypatch.setattr(search, "RETRIES", 0)
     with pytest.raises(SearchError, match=r"No space left on device.*weights.*--resume"):
-        run_search(tmp_path, NOTHING, trials=9)
+        run_search(tmp_path, NOTHING, trials=9, trainable=fake)
     assert count(load_study(tmp_path)) == Counts(0, 0, 0, 1)
 
 
@@ -444,10 +434,9 @@ def test_two_workers_cut_off_leak_no_placement_group(tiles: Tiles, tmp_path: Pat
     assert wait_for(lambda: not leaked_groups(), 60)
 
 
-def test_configs_reach_the_trials_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configs_reach_the_trials_whole(tmp_path: Path) -> None:
     def fake(spec: dict[str, Any], **_: Any) -> None:
         tune.report({"epoch": 1, "best_map": spec["config"]["optim"]["learning_rate"], "finished": True})
 
-    monkeypatch.setattr(search, "run_trial", fake)
-    study = run_search(tmp_path, NOTHING, TWO, trials=4, epochs=1)
+    study = run_search(tmp_path, NOTHING, TWO, trials=4, epochs=1, trainable=fake)
     assert [t.value for t in study.trials] == [t.params["learning_rate"] for t in study.trials]
