@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from ray.train import Checkpoint
 
-from saltray.config import NEIGHBOURS, TILE, Split, TrialConfig, UserError
+from saltray.config import NEIGHBOURS, TILE, TrialConfig, UserError
 from saltray.network.model import count_parameters
 from saltray.prediction.inference import stored_postprocessing
 from saltray.prediction.postprocessing import Postprocessing, logit
@@ -145,16 +145,17 @@ _LONE = """\
 
 def origin_of(bundle: Path) -> dict[str, str]:
     """Return what a model card tells of the run that a bundle in its folder comes from."""
-    known = run.read(bundle.parent)
-    settings, sessions = known["settings"], known["sessions"]
-    split: Split = settings.get("split", "coverage")  # older runs know no other
+    known, settings = run.read(bundle.parent), run.read_settings(bundle.parent)
+    sessions = known["sessions"]
     return {
         "name": bundle.parent.name,
-        "data": Path(settings["data"].rstrip("/")).name,
+        "data": Path(settings.data.rstrip("/")).name,
         "fingerprint": known["tiles"],
-        "seed": settings["seed"],
-        "together": " and keeping neighbours together" if split == "neighbours" else "",
-        "neighbours": textwrap.fill(NEIGHBOURS[split], 105, initial_indent="- ", subsequent_indent="  "),
+        "seed": settings.seed,
+        "together": " and keeping neighbours together" if settings.split == "neighbours" else "",
+        "neighbours": textwrap.fill(
+            NEIGHBOURS[settings.split], 105, initial_indent="- ", subsequent_indent="  "
+        ),
         # Of several sessions each may have trained a part of it.
         "commands": _of_sessions(f"`{session['command']}`" for session in sessions),
         "machines": _of_sessions(session["machine"] for session in sessions),

@@ -2,14 +2,14 @@
 
 By default it is `study.db` (SQLite) in the run's folder; a team may keep its studies in one PostgreSQL
 server. Trials carry user attributes: `epochs` (a row for each epoch that was done, redone ones twice),
-`checkpoint` and `checkpoint_before`, `hardware`, `seconds`, `host`, `outcome`, and for failed ones `reason`
-and, where the process did, `crashed`, where the space did, `undrawn`.
+`checkpoint` and `checkpoint_before`, `parameters` (of the network), `hardware`, `host`, for failed ones
+`reason` and, where the process did, `crashed`, where the space did, `undrawn`; and for who looks in
+optuna-dashboard `seconds` and `outcome`.
 A trial taken over from another run carries `adopted`, and counts neither as this run's nor as its best.
 """
 
 import sqlite3
 import warnings
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,8 +290,8 @@ def epochs_of(trial: FrozenTrial | optuna.Trial) -> list[dict[str, Any]]:
     """Return a row for each epoch that a trial did, in the order they were done; a redone one is there twice.
 
     A row has `epoch` (from 1), `loss`, `map`, `learning_rate`, `seconds`, `tiles_per_second` (in training),
-    `validation_tiles_per_second`, `workers` (how many) and `gpus` (of all workers; both absent in older
-    studies), `host` (its address) and `ended` (ISO 8601, UTC).
+    `validation_tiles_per_second`, `workers` (how many), `gpus` (of all workers), `host` (its address) and
+    `ended` (ISO 8601, UTC).
     """
     rows: list[dict[str, Any]] = trial.user_attrs.get("epochs", [])
     return rows
@@ -303,24 +303,15 @@ def keep_trials_at(study: optuna.Study, place: str) -> None:
         study.set_user_attr("trials", place)
 
 
-def checkpoint_of(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> str | None:
-    """Return where a trial's newest checkpoint lies; None where there is none, or no longer."""
-    return next(iter(_located(trial, study.user_attrs, ["checkpoint"])), None)
-
-
 def checkpoints_of(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> list[str]:
     """Return where a trial's checkpoints lie that are still there, the newest first."""
     return _located(trial, study.user_attrs)
 
 
-def _located(
-    trial: FrozenTrial | optuna.Trial,
-    facts: dict[str, Any],
-    names: Sequence[str] = ("checkpoint", "checkpoint_before"),
-) -> list[str]:
+def _located(trial: FrozenTrial | optuna.Trial, facts: dict[str, Any]) -> list[str]:
     """Return where checkpoints that are still there lie; `facts` are the study's attributes, read once."""
     found = []
-    for path in (trial.user_attrs.get(name) for name in names):
+    for path in (trial.user_attrs.get(name) for name in ("checkpoint", "checkpoint_before")):
         if path is None:
             continue
         before, session, below = path.rpartition("/session-")

@@ -17,13 +17,14 @@ def add(page: Page, found: Findings) -> None:
     page.section("Environment", "What is needed to do this search again: the command, and what it ran on.")
     options = as_options(found.settings, found.folder / "space.py")
     page.command(environment.without_secrets(f"python -m saltray.tune {options}"))
-    machines = Counter(
-        _machine(t.user_attrs) for t in found.trials if "hardware" in t.user_attrs or "host" in t.user_attrs
-    )
+    hardware = [t.user_attrs["hardware"] for t in found.trials if "hardware" in t.user_attrs]
     facts = {
         "tiles": f"{found.tiles}, the first digits of the SHA-256 of their labels and split",
         "search space": f"{found.settings.space}, kept as space.py in the run's folder",
-        "trained on": ", ".join(f"{name} (trials: {n})" for name, n in machines.items()) or "not known",
+        "trained on": ", ".join(
+            f"{name} (trials: {n})" for name, n in Counter(map(_machine, hardware)).items()
+        )
+        or "not known",
     }
     page.facts(facts)
     if not found.sessions:
@@ -42,11 +43,8 @@ def add(page: Page, found: Findings) -> None:
     page.facts({name: " → ".join(known) for name, known in versions.items()})
 
 
-def _machine(attributes: dict[str, Any]) -> str:
+def _machine(hardware: dict[str, Any]) -> str:
     """Name the hardware that a trial had: `AMD EPYC, 1 CPU`."""
-    hardware = attributes.get("hardware")
-    if hardware is None:
-        return str(attributes["host"])
     gpus = hardware["gpus"]
     share = counted(gpus, "GPU") if gpus else counted(hardware["cpus"], "CPU")
     return f"{hardware['device']}, {share}"

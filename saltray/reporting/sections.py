@@ -192,11 +192,7 @@ def _training(page: Page, found: Findings) -> None:
         return
     rows = trial_figures.epochs(found.best)
     if not rows:
-        page.section(
-            title,
-            "The best trial has no record of its epochs: it comes from an older saltray. Its validation mAP "
-            "is among the learning curves.",
-        )
+        page.section(title, "Nothing yet: the best trial has no record of its epochs.")
         return
     page.section(title, f"How trial {found.best.number} learnt, epoch by epoch.")
     loss = found.config["loss"] if found.model.get("trial") == found.best.number else {}
@@ -232,11 +228,9 @@ def _curves(page: Page, found: Findings) -> None:
     page.section(
         "Learning curves", "All trials by epoch. Short curves were stopped early in favour of better ones."
     )
-    old = not all(map(trial_figures.epochs, trial_figures.scored(found.trials)))
     page.figure(
         trial_figures.learning_curves(found.trials, found.best.number),
-        "Validation mAP after each epoch, at probability 0.50. Point at a curve to see its trial."
-        + " Trials of an older saltray show their best so far, which never falls." * old,
+        "Validation mAP after each epoch, at probability 0.50. Point at a curve to see its trial.",
     )
 
 
@@ -309,13 +303,10 @@ def _timeline(page: Page, found: Findings) -> None:
         return
     gaps = "; the refits are not shown" if found.settings.folds else ""
     page.section("Timeline", f"When each trial ran on which machine. In the gaps no trial ran{gaps}.")
-    old = not all(map(epochs_of, trial_figures.scored(found.trials)))
     page.figure(
         trial_figures.timeline(stretches),
         "A bar is a stretch of epochs without a pause, and the trial's number; each machine has as many "
-        "lanes as it ran trials side by side. Seconds are by the wall clock: a trial alone would take fewer."
-        + " Trials of an older saltray go from start to end, and those cut off are missing."
-        * old,
+        "lanes as it ran trials side by side. Seconds are by the wall clock: a trial alone would take fewer.",
     )
 
 
@@ -341,15 +332,14 @@ def _trials(page: Page, found: Findings) -> None:
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:
-    attributes, rows = trial.user_attrs, epochs_of(trial)
-    hosts = dict.fromkeys(str(row["host"]) for row in rows) or dict.fromkeys([attributes.get("host", "–")])
-    seconds = sum(row["seconds"] for row in rows) or attributes.get("seconds")
+    rows = epochs_of(trial)
+    hosts = dict.fromkeys(str(row["host"]) for row in rows)
     return {
         "trial": trial.number,
         "state": trial_figures.outcome(trial),
         "best mAP": score(trial) if score(trial) >= 0 else np.nan,
         "epochs": max(trial.intermediate_values, default=len(trial_figures.epochs(trial))),
-        "seconds": pd.NA if seconds is None else round(seconds),
-        "machine": ", ".join(hosts),
+        "seconds": round(sum(row["seconds"] for row in rows)) if rows else pd.NA,
+        "machine": ", ".join(hosts) or "–",
         **{name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in trial.params.items()},
     }

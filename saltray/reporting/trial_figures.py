@@ -109,11 +109,12 @@ def history(trials: Sequence[FrozenTrial]) -> go.Figure:
 
 
 def learning_curves(trials: Sequence[FrozenTrial], best: int) -> go.Figure:
-    """Draw every trial's validation mAP by epoch; of trials without records, the best so far."""
+    """Draw every trial's validation mAP by epoch."""
     figure, named = go.Figure(), set()
     for trial in sorted(scored(trials), key=lambda t: (t.number == best, t.number)):
         name, width = ("best", 3) if trial.number == best else (outcome(trial), 1.2)
         look = _LOOKS[name]
+        # A score is in the study a moment before its epoch's row.
         curve = {row["epoch"]: row["map"] for row in epochs(trial)} or trial.intermediate_values
         x = sorted(curve)
         figure.add_scatter(
@@ -270,18 +271,16 @@ class Stretch(NamedTuple):
 
 
 def stretches(trials: Sequence[FrozenTrial]) -> list[Stretch]:
-    """Return when each trial ran where; of trials without records, from their start to their end."""
+    """Return when each trial ran where; of those without an epoch, from their start to their end."""
     return sorted((s for t in trials for s in _stretches(t)), key=lambda s: (s.host, s.start, s.trial.number))
 
 
 def _stretches(trial: FrozenTrial) -> Iterator[Stretch]:
-    host = str(trial.user_attrs.get("host", "unknown machine"))
     rows = epochs_of(trial)
     if not rows and trial.datetime_start and trial.datetime_complete:
         # Optuna notes local times.
-        yield Stretch(
-            trial, host, trial.datetime_start.astimezone(UTC), trial.datetime_complete.astimezone(UTC)
-        )
+        start, end = (t.astimezone(UTC) for t in (trial.datetime_start, trial.datetime_complete))
+        yield Stretch(trial, str(trial.user_attrs.get("host", "unknown machine")), start, end)
     current: Stretch | None = None
     for row in sorted(rows, key=lambda row: str(row["ended"])):
         end = datetime.fromisoformat(row["ended"])
@@ -296,8 +295,8 @@ def _stretches(trial: FrozenTrial) -> Iterator[Stretch]:
         yield current
 
 
-_ROUNDED = timedelta(seconds=1)
-"""By how much the ends of epochs may be off: older runs have noted them in whole seconds."""
+_HEARD = timedelta(seconds=1)
+"""By how much the ends of epochs may be off: they are noted when the driver hears of them."""
 
 
 def timeline(stretches: Sequence[Stretch]) -> go.Figure:
@@ -306,7 +305,7 @@ def timeline(stretches: Sequence[Stretch]) -> go.Figure:
     bars: dict[str, list[tuple[str, Stretch]]] = {}
     for stretch in stretches:
         ends = lanes.setdefault(stretch.host, [])
-        lane = next((i for i, end in enumerate(ends) if end <= stretch.start + _ROUNDED), len(ends))
+        lane = next((i for i, end in enumerate(ends) if end <= stretch.start + _HEARD), len(ends))
         ends[lane : lane + 1] = [stretch.end]
         bars.setdefault(outcome(stretch.trial), []).append((f"{stretch.host} · {lane + 1}", stretch))
     figure = go.Figure()

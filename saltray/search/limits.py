@@ -80,11 +80,7 @@ def _gpu_hours_elsewhere(study: optuna.Study) -> float:
 
 def gpu_hours(study: optuna.Study) -> float:
     """Return the GPU-hours that the study's own trials took, over all sessions."""
-    hours: float = sum(
-        row["seconds"] * row.get("gpus", t.user_attrs.get("hardware", {}).get("gpus", 0.0)) / 3600
-        for t in own_trials(study)
-        for row in epochs_of(t)
-    )
+    hours: float = sum(row["seconds"] * row["gpus"] / 3600 for t in own_trials(study) for row in epochs_of(t))
     return hours
 
 

@@ -20,7 +20,7 @@ from ray.tune import TuneError
 
 from saltray.config import DISK_FULL, SearchConfig, UserError
 from saltray.records.storage import Overtaken, names
-from saltray.records.study import checkpoint_of, count, keep_trials_at, requeue
+from saltray.records.study import checkpoints_of, count, keep_trials_at, requeue
 from saltray.records.trial_files import trim
 from saltray.search import processes
 from saltray.search.engine import make_scheduler
@@ -133,9 +133,9 @@ class Trimmer(tune.Callback):
         """Make room."""
         study = self._search.study
         known = study.get_trials(deepcopy=False)[trial.config["number"]]
-        place = checkpoint_of(study, known)
-        if known.state.is_finished() and place is not None:
-            trim(place, TRAINING)
+        newest = next(iter(checkpoints_of(study, known)), None)
+        if known.state.is_finished() and newest is not None:
+            trim(newest, TRAINING)
 
     on_trial_error = on_trial_complete
 
