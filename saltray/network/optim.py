@@ -1,6 +1,6 @@
 """The optimizer, and its schedules as pure functions of the step and the validation history.
 
-Nothing here holds state: a trial that resumes from its last epoch needs only its history to go on exactly
+The schedules hold no state: a trial that resumes from its last epoch needs only its history to go on exactly
 as it would have.
 """
 

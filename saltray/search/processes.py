@@ -23,7 +23,7 @@ IDLE_SECONDS = 30.0
 
 
 class KeepingCache(_ObjectCache):
-    """Ended trials' processes: all stay for the next trials.
+    """Ended trials' processes: each stays for the next trials, for `IDLE_SECONDS`.
 
     Tune's own keeps as many as trials wait at that moment, or one: of two trials that end together, one's
     process ends, and the next trial waits for a new one. No more are kept than trials run side by side.

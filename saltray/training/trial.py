@@ -1,7 +1,7 @@
 """One Tune trial: puts the training loop on Ray Train, and the tiles into it by Ray Data.
 
 One worker runs in Ray Train's local mode, inside Tune's own actor, which is reused from trial to trial: a
-trial then costs about 0.2 s beside its training. Several workers run under `TorchTrainer` with DDP.
+trial then costs about 0.3 s beside its training. Several workers run under `TorchTrainer` with DDP.
 """
 
 import gc
