@@ -243,7 +243,7 @@ class TrialConfig(_Frozen):
 
 
 Split = Literal["coverage", "neighbours"]
-"""How tiles become folds (`saltray.data.splitting`): alike in coverage, or that with neighbours together."""
+"""How tiles become folds (`saltray.data`): alike in coverage, or that with neighbours together."""
 
 NEIGHBOURS: dict[Split, str] = {
     "coverage": "Tiles that lie side by side in a survey, as many of the contest's do, may be on both sides "

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from saltray.config import TILE, Split
-from saltray.data import dataset, splitting
+from saltray.data import dataset, neighbours, splitting
 
 TINY = 10
 """Pixels of salt at most, in a mask called tiny."""
@@ -33,7 +33,7 @@ class Survey(NamedTuple):
     test_images: Pixels
     problems: dataset.Problems
     neighbours: npt.NDArray[np.int64]
-    """Pairs (n, 2) of positions of labelled tiles that seem to lie side by side (`splitting`)."""
+    """Pairs (n, 2) of positions of labelled tiles that seem to lie side by side (`data.neighbours`)."""
 
 
 def read(uri: str, seed: int, split: Split = "coverage") -> Survey:
@@ -50,9 +50,9 @@ def read(uri: str, seed: int, split: Split = "coverage") -> Survey:
     test_tiles, test_bad = dataset.decode_local(test)
     problems |= bad | test_bad
     _check_number(len(tiles["id"]), 1, problems, uri)
-    neighbours = splitting.find_neighbours(tiles["image"])
+    pairs = neighbours.find_neighbours(tiles["image"])
     # Of the whole table, as in a search: a tile that proves damaged moves no other.
-    groups = splitting.groups_in(train, tiles["row"], neighbours) if split == "neighbours" else None
+    groups = neighbours.groups_in(train, tiles["row"], pairs) if split == "neighbours" else None
     assigned = splitting.stratified_folds(train.rows["coverage"], splitting.FOLDS, seed, groups)
     fold = pd.Series(assigned, index=train.rows["row"])
     pixels = tiles["mask"].sum(axis=(1, 2), dtype=np.int64)
@@ -66,7 +66,7 @@ def read(uri: str, seed: int, split: Split = "coverage") -> Survey:
         test=pd.DataFrame({"id": test_tiles["id"].astype(str), "z": test_tiles["z"]}),
         test_images=test_tiles["image"],
         problems=problems,
-        neighbours=neighbours,
+        neighbours=pairs,
     )
 
 

@@ -12,7 +12,7 @@ import ray.data
 from optuna.trial import FrozenTrial
 
 from saltray.contest import submission
-from saltray.data import folds, splitting
+from saltray.data import folds, neighbours
 from saltray.data.folds import Data
 from saltray.prediction import bundle, inference, validation
 from saltray.records.study import best_trial, best_trials, checkpoints_of, lost_trial, own_trials, score
@@ -85,13 +85,13 @@ def lone_score(parts: Sequence[ray.data.Dataset], scores: npt.NDArray[np.float64
 
     Returns:
         `lone`, their number `tiles` and their mean score `map`; nothing where all or none are so, or where
-        there are more than `splitting.MOST_COMPARED` tiles.
+        there are more than `neighbours.MOST_COMPARED` tiles.
     """
     counts = [part.count() for part in parts]
-    if sum(counts) > splitting.MOST_COMPARED:
+    if sum(counts) > neighbours.MOST_COMPARED:
         return {}
     images = np.concatenate([folds.gather(part, "image")[0] for part in parts])
-    beside = splitting.beside_others(images, np.repeat(np.arange(len(parts)), counts))[: len(scores)]
+    beside = neighbours.beside_others(images, np.repeat(np.arange(len(parts)), counts))[: len(scores)]
     alone = scores[~beside]
     return {"lone": {"tiles": len(alone), "map": float(alone.mean())}} if 0 < len(alone) < len(scores) else {}
 

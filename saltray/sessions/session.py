@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from saltray import connection, demo, report
-from saltray.data import dataset, splitting
+from saltray.data import dataset, neighbours, splitting
 from saltray.data.folds import Data
 from saltray.ensembles import candidates, ensemble_bundle
 from saltray.quiet import quiet
@@ -203,7 +203,7 @@ def _read(console: Console, home: storage.Home, settings: Settings) -> tuple[Dat
     with console.status("reading and checking the tiles"), quiet(None):
         folder = dataset.open_folder(settings.data)
         train, test = dataset.read_train(folder), dataset.read_test(folder)
-        coverage, groups = train.rows["coverage"], splitting.read_groups(train, settings.split)
+        coverage, groups = train.rows["coverage"], neighbours.read_groups(train, settings.split)
         fold = splitting.stratified_folds(coverage, splitting.FOLDS, settings.seed, groups)
         refold = None
         if settings.folds is not None:  # too few tiles for them are told before the search, not after it

@@ -21,7 +21,7 @@ contest: submission
 
 data: png augment
 data: dataset
-data: splitting
+data: splitting neighbours
 data: folds stream survey
 
 network: cpu losses optim layers pretrained

@@ -12,9 +12,10 @@ from scipy.ndimage import gaussian_filter
 
 from saltray import demo
 from saltray.config import TILE, Split
-from saltray.data import dataset, splitting
+from saltray.data import dataset, neighbours
 from saltray.data.dataset import DataError
-from saltray.data.splitting import beside_others, find_neighbours, groups_of, read_groups, stratified_folds
+from saltray.data.neighbours import beside_others, find_neighbours, groups_of, read_groups
+from saltray.data.splitting import stratified_folds
 
 
 def spread(values: npt.NDArray[np.generic] | list[int]) -> int:
@@ -86,7 +87,7 @@ def mosaic(rng: np.random.Generator, rows: int, columns: int) -> npt.NDArray[np.
 
 
 def test_neighbours_in_mosaics_are_found_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splitting, "_CHUNK", 7)  # more than one chunk, the last smaller
+    monkeypatch.setattr(neighbours, "_CHUNK", 7)  # more than one chunk, the last smaller
     rng = np.random.default_rng(0)
     lone = np.stack([demo.tile(rng)[0] for _ in range(20)])
     flat = np.full((5, TILE, TILE), 90, np.uint8)
