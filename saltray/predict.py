@@ -62,7 +62,7 @@ def main(
             problems = table.problems | bad
             if not skip_bad:
                 dataset.refuse(problems, data)
-            codes = inference.segment(folder, tiles, chosen, gpus)
+            codes = inference.segment(folder, tiles, chosen, gpus=gpus)
         finally:
             connection.disconnect()
     file.write(lambda path: submission.write(path, table.ids, codes))

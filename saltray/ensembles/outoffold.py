@@ -86,7 +86,7 @@ class Prober:
 
 
 def predict(
-    parts: Sequence[ray.data.Dataset], candidates: Sequence[Candidate], seed: int, gpus: bool = True
+    parts: Sequence[ray.data.Dataset], candidates: Sequence[Candidate], seed: int, *, gpus: bool
 ) -> OutOfFold:
     """Let every candidate predict every part, by its model that never saw it.
 
@@ -103,7 +103,7 @@ def predict(
     done = 0
     for fold, part in enumerate(parts):
         models = [load(candidate.sources[fold]) for candidate in candidates]
-        for batch in inference.map_tiles(Prober, models, part, {}, gpus).iter_batches(batch_size=None):
+        for batch in inference.map_tiles(Prober, models, part, {}, gpus=gpus).iter_batches(batch_size=None):
             given = cast(Batch, batch)
             if probability is None or truth is None:
                 shape = given["truth"].shape[1:]

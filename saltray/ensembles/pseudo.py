@@ -47,7 +47,7 @@ def label(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def label_tiles(
-    test: ray.data.Dataset, models: Sequence[Model], most: int, gpus: bool = True
+    test: ray.data.Dataset, models: Sequence[Model], most: int, *, gpus: bool
 ) -> ray.data.Dataset:
     """Label test tiles by the mean of models; tiles that they are not sure of are left out.
 
@@ -60,5 +60,5 @@ def label_tiles(
     Returns:
         A materialized dataset of `folds.COLUMNS`, of 20 kB a tile in the object store.
     """
-    labelled: ray.data.Dataset = inference.map_tiles(Labeller, models, test, {}, gpus).materialize()
+    labelled: ray.data.Dataset = inference.map_tiles(Labeller, models, test, {}, gpus=gpus).materialize()
     return labelled.limit(most).materialize() if labelled.count() > most else labelled

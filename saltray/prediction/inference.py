@@ -190,9 +190,9 @@ class Calibration(NamedTuple):
     """Each tile's result under the choice, as `saltray.prediction.validation.tabulate` tells it."""
 
 
-def calibrate(folder: Path, tiles: ray.data.Dataset, gpus: bool = True) -> Calibration:
+def calibrate(folder: Path, tiles: ray.data.Dataset, *, gpus: bool) -> Calibration:
     """Choose what makes masks of a checkpoint's output, on validation tiles; `gpus` as for `map_tiles`."""
-    parts = _map(Calibrator, load_models(folder), tiles, {}, gpus)
+    parts = _map(Calibrator, load_models(folder), tiles, {}, gpus=gpus)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     intersection, union, truth = (columns[name] for name in ("intersection", "union", "truth"))
     chosen, scores = postprocessing.choose(intersection, union, truth)
@@ -205,14 +205,15 @@ def illustrate(
     tiles: ray.data.Dataset,
     chosen: Postprocessing,
     examples: dict[str, list[str]],
-    gpus: bool = True,
+    *,
+    gpus: bool,
 ) -> validation.Gallery:
     """Predict the gallery's tiles once more, and keep their pictures; `examples` are ids by group."""
     group = {tile: name for name, ids in examples.items() for tile in ids}
     if not group:
         return validation.no_gallery()
     few = tiles.filter(expr=col("id").is_in(list(group))).materialize()
-    parts = _map(Illustrator, load_models(folder), few, {"chosen": chosen}, gpus)
+    parts = _map(Illustrator, load_models(folder), few, {"chosen": chosen}, gpus=gpus)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     place = {str(tile): i for i, tile in enumerate(columns["id"])}
     order = [place[tile] for tile in group]
@@ -225,12 +226,10 @@ def stored_postprocessing(folder: Path) -> Postprocessing:
     return Postprocessing.of(checkpoint.load_metrics(folder))
 
 
-def segment(
-    folder: Path, tiles: ray.data.Dataset, chosen: Postprocessing, gpus: bool = True
-) -> dict[str, str]:
+def segment(folder: Path, tiles: ray.data.Dataset, chosen: Postprocessing, *, gpus: bool) -> dict[str, str]:
     """Segment tiles with a checkpoint's model, or with an ensemble: run-length codes by id."""
     codes: dict[str, str] = {}
-    for batch in _map(Segmenter, load_models(folder), tiles, {"chosen": chosen}, gpus):
+    for batch in _map(Segmenter, load_models(folder), tiles, {"chosen": chosen}, gpus=gpus):
         codes |= dict(zip(map(str, batch["id"]), map(str, batch["rle"]), strict=True))
     return codes
 
@@ -240,10 +239,11 @@ def _map(
     models: Sequence[Model],
     tiles: ray.data.Dataset,
     more: dict[str, Any],
+    *,
     gpus: bool,
 ) -> list[Batch]:
     """Map a predictor over the tiles; return all batches."""
-    mapped = map_tiles(predictor, models, tiles, more, gpus)
+    mapped = map_tiles(predictor, models, tiles, more, gpus=gpus)
     return [cast(Batch, batch) for batch in mapped.iter_batches(batch_size=None)]
 
 
@@ -252,7 +252,8 @@ def map_tiles(
     models: Sequence[Model],
     tiles: ray.data.Dataset,
     more: dict[str, Any],
-    gpus: bool = True,
+    *,
+    gpus: bool,
 ) -> ray.data.Dataset:
     """Map a predictor over the tiles on a pool of actors that fills the cluster.
 

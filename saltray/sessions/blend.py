@@ -186,7 +186,7 @@ def _choose(job: Job, parts: Sequence[ray.data.Dataset], candidates: list[Candid
     """Let the candidates predict what they have not seen, and choose of them."""
     log = job.mirror.home.folder / "logs" / "predict.log"
     with job.console.status("choosing the ensemble"), quiet(log):
-        known = outoffold.predict(parts, candidates, job.settings.seed, job.settings.gpus)
+        known = outoffold.predict(parts, candidates, job.settings.seed, gpus=job.settings.gpus)
         selection = ensemble.choose(known)
         beside = [job.data.training] if len(parts) == 1 else []  # of whom nobody is judged
         return Chosen(candidates, selection, outcome.lone_score([*parts, *beside], selection.by_tile))
@@ -240,7 +240,7 @@ def _pseudo_refits(
         others = [folds.others(parts, fold) for fold in range(len(parts))]
         # No more than were labelled by hand: the contest's 18,000 test tiles would outvote those.
         labelled = [
-            label_for(fold, job.data.test, candidates, picks, tiles.count(), job.settings.gpus)
+            label_for(fold, job.data.test, candidates, picks, tiles.count(), gpus=job.settings.gpus)
             for fold, (tiles, picks) in enumerate(zip(others, chosen_by[1:], strict=True))
         ]
         training = [folds.join([*pair]) for pair in zip(others, labelled, strict=True)]
@@ -260,7 +260,8 @@ def label_for(
     candidates: Sequence[Candidate],
     picks: Sequence[int],
     most: int,
-    gpus: bool = True,
+    *,
+    gpus: bool,
 ) -> ray.data.Dataset:
     """Label test tiles for a fold's training, by models that never saw it.
 
@@ -277,7 +278,7 @@ def label_for(
         for candidate, times in zip(candidates, picks, strict=True)
         if times
     ]
-    return pseudo.label_tiles(test, models, most, gpus)
+    return pseudo.label_tiles(test, models, most, gpus=gpus)
 
 
 def describe(job: Job, chosen: Chosen) -> dict[str, Any]:
@@ -311,7 +312,7 @@ def _publish(job: Job, chosen: Chosen, facts: dict[str, Any]) -> dict[str, Any]:
     ]
     known = {**describe(job, chosen), **facts, "models": len(models)}
     fresh = ensemble_bundle.stage(folder, models, selection.chosen, known)
-    codes = inference.segment(fresh, job.data.test, selection.chosen, job.settings.gpus)
+    codes = inference.segment(fresh, job.data.test, selection.chosen, gpus=job.settings.gpus)
     ensemble_bundle.write_card(fresh)
     # The folder first: a submission is never of an ensemble that is not there.
     publish(fresh)

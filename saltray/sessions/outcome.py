@@ -54,9 +54,9 @@ def publish_best(
     best, model = _stage(folder, study)
     if "lost" not in words and (behind := _behind(study, best, model)):
         words["lost"] = behind
-    chosen, scores, table = inference.calibrate(model, data.validation, gpus)
+    chosen, scores, table = inference.calibrate(model, data.validation, gpus=gpus)
     gallery = inference.illustrate(
-        model, data.validation, chosen, validation.choose_examples(table, EXAMPLES), gpus
+        model, data.validation, chosen, validation.choose_examples(table, EXAMPLES), gpus=gpus
     )
     facts = asdict(chosen) | {"validation_map": scores[f"{chosen.threshold:.2f}"], "scores": scores}
     by_tile = table.set_index("id")["precision"].loc[folds.gather(data.validation, "id")[0]]
@@ -65,7 +65,7 @@ def publish_best(
     bundle.add_metrics(model, {"trial": best.number, "tiles": tiles} | facts)
     validation.write(folder, table, gallery)
     if submit:
-        codes = inference.segment(model, data.test, chosen, gpus)
+        codes = inference.segment(model, data.test, chosen, gpus=gpus)
         submission.write(folder / "submission.csv", data.ids, codes)
     try:
         bundle.export_onnx(model)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_each_tile_is_predicted_by_the_model_that_never_saw_it(
         Candidate(c, f"trial {c}", tuple(save(tmp_path / f"{c}-{k}", b) for k, b in enumerate(row)))
         for c, row in enumerate(biases)
     ]
-    known = outoffold.predict(parts, candidates, seed=0)
+    known = outoffold.predict(parts, candidates, seed=0, gpus=False)
     assert known.probability.shape == (2, 2, 30, 101, 101) and known.probability.dtype == np.uint8
     tiles = [read(part) for part in parts]
     assert known.fold.tolist() == [k for k, part in enumerate(tiles) for _ in part["row"]]
@@ -111,7 +112,7 @@ def test_each_tile_is_predicted_by_the_model_that_never_saw_it(
 def test_without_folds_one_part_is_cross_fitted_in_five(labelled: ray.data.Dataset, tmp_path: Path) -> None:
     source = save(tmp_path / "model", None)
     network, tiles = checkpoint.load_model(Path(source.path)), read(labelled)
-    known = outoffold.predict([labelled], [Candidate(0, "trial 0", (source,))], seed=0)
+    known = outoffold.predict([labelled], [Candidate(0, "trial 0", (source,))], seed=0, gpus=False)
     pixels = torch.from_numpy(tiles["image"].astype(np.float32))[:, None] / 255
     with torch.inference_mode():
         views = [network(pixels).sigmoid(), network(pixels.flip(3)).flip(2).sigmoid()]
@@ -125,12 +126,12 @@ def test_an_ensemble_is_the_weighted_mean_and_one_member_is_that_model(
 ) -> None:
     sources = [save(tmp_path / name, None, seed) for name, seed in (("a", 1), ("b", 2))]
     chosen = Postprocessing(0.5, True, 3)
-    alone = inference.segment(Path(sources[0].path), labelled, chosen)
+    alone = inference.segment(Path(sources[0].path), labelled, chosen, gpus=False)
     folder = ensemble_bundle.stage(tmp_path, [(outoffold.load(sources[0]), 4)], chosen, {})
     assert inference.stored_postprocessing(folder) == chosen
-    assert inference.segment(folder, labelled, chosen) == alone
-    assert inference.segment(folder, labelled, Postprocessing(0.44)) == inference.segment(
-        Path(sources[0].path), labelled, Postprocessing(0.44)
+    assert inference.segment(folder, labelled, chosen, gpus=False) == alone
+    assert inference.segment(folder, labelled, Postprocessing(0.44), gpus=False) == inference.segment(
+        Path(sources[0].path), labelled, Postprocessing(0.44), gpus=False
     )
     pair = [(outoffold.load(source, share), 0) for source, share in zip(sources, (0.25, 0.75), strict=True)]
     folder = ensemble_bundle.stage(tmp_path, pair, chosen, {})
@@ -152,12 +153,13 @@ def test_a_folds_pseudo_labels_come_of_models_that_never_saw_it(
     other = Candidate(1, "trial 1", (save(tmp_path / "c", 9), save(tmp_path / "d", -9)))
     candidates, picks = [both, other], [(1, 0), (2, 0)]
     test = labelled.drop_columns(["mask", "coverage"]).materialize()
-    labels = [read(blend.label_for(fold, test, candidates, picks[fold], 10**6)) for fold in (0, 1)]
+    label = partial(blend.label_for, test=test, candidates=candidates, most=10**6, gpus=False)
+    labels = [read(label(fold, picks=picks[fold])) for fold in (0, 1)]
     assert [np.unique(tiles["mask"]).tolist() for tiles in labels] == [[0], [1]]
     assert (labels[1]["row"] >= pseudo.FIRST_ROW).all() and len(labels[1]["row"]) == 30
     # They are trained on, beside the other folds, and never judged.
     parts = cut(labelled, 2)
-    training = folds.join([folds.others(parts, 0), blend.label_for(0, test, candidates, picks[0], 10**6)])
+    training = folds.join([folds.others(parts, 0), label(0, picks=picks[0])])
     rows = set(read(training)["row"].tolist())
     assert len(rows) == training.count() == parts[1].count() + 30
     assert not rows & set(read(parts[0])["row"].tolist())
@@ -166,7 +168,7 @@ def test_a_folds_pseudo_labels_come_of_models_that_never_saw_it(
 def test_where_the_models_are_unsure_no_tile_is_labelled(labelled: ray.data.Dataset, tmp_path: Path) -> None:
     source = save(tmp_path / "unsure", 0.5)
     model = outoffold.load(source)
-    none = pseudo.label_tiles(labelled, [Model(model.config, model.weights, 1.0)], 10**6)
+    none = pseudo.label_tiles(labelled, [Model(model.config, model.weights, 1.0)], 10**6, gpus=False)
     assert none.count() == 0
     parts = cut(labelled, 2)
     training = folds.join([folds.others(parts, 0), none])

@@ -58,7 +58,7 @@ def test_masks_are_as_by_hand(model: Path, data: Path, tta: bool) -> None:
     least = int(np.median(masks.sum(axis=(1, 2))))
     masks[masks.sum(axis=(1, 2)) < least] = False
     assert 0 < masks.any(axis=(1, 2)).sum() < len(masks)
-    codes = inference.segment(model, tiles, Postprocessing(cut, tta, least))
+    codes = inference.segment(model, tiles, Postprocessing(cut, tta, least), gpus=False)
     agreement = [
         np.mean(rle.decode(codes[str(i)]) == mask) for i, mask in zip(rows["id"], masks, strict=True)
     ]
@@ -68,8 +68,8 @@ def test_masks_are_as_by_hand(model: Path, data: Path, tta: bool) -> None:
 def test_calibration_scores_as_the_masks_do(model: Path, data: Path) -> None:
     table = dataset.read_train(dataset.open_folder(str(data)))
     tiles, _ = dataset.decode(table)
-    chosen, scores, _ = inference.calibrate(model, tiles)
-    codes = inference.segment(model, tiles, chosen)
+    chosen, scores, _ = inference.calibrate(model, tiles, gpus=False)
+    codes = inference.segment(model, tiles, chosen, gpus=False)
     truth = np.stack([rle.decode(code) for code in table.rows["rle"]])
     predicted = np.stack([rle.decode(codes[i]) for i in table.rows["id"]])
     assert scores[f"{chosen.threshold:.2f}"] == pytest.approx(metrics.mean_precision(predicted, truth))
@@ -79,9 +79,9 @@ def test_calibration_scores_as_the_masks_do(model: Path, data: Path) -> None:
 def test_the_table_and_the_pictures_are_those_of_the_model(model: Path, data: Path) -> None:
     table = dataset.read_train(dataset.open_folder(str(data)))
     tiles, _ = dataset.decode(table)
-    chosen, scores, known = inference.calibrate(model, tiles)
+    chosen, scores, known = inference.calibrate(model, tiles, gpus=False)
     examples = validation.choose_examples(known, 3)
-    gallery = inference.illustrate(model, tiles, chosen, examples)
+    gallery = inference.illustrate(model, tiles, chosen, examples, gpus=False)
     rows = next(iter(tiles.iter_batches(batch_size=None)))
     salt = by_hand(model, torch.tensor(rows["image"]), torch.tensor(rows["z"]), chosen.tta).numpy()
     predicted = salt > chosen.threshold
@@ -104,7 +104,7 @@ def test_the_table_and_the_pictures_are_those_of_the_model(model: Path, data: Pa
 def test_without_any_example_there_is_an_empty_gallery(model: Path, data: Path) -> None:
     tiles, _ = dataset.decode(dataset.read_train(dataset.open_folder(str(data))))
     none: dict[str, list[str]] = {group: [] for group in validation.GROUPS}
-    assert len(inference.illustrate(model, tiles, Postprocessing(), none)["id"]) == 0
+    assert len(inference.illustrate(model, tiles, Postprocessing(), none, gpus=False)["id"]) == 0
 
 
 def test_what_was_not_stored_with_a_model_has_its_default(model: Path) -> None:

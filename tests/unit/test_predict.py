@@ -91,7 +91,7 @@ def test_gpus_are_left_alone_where_they_may_not_be_used(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
     monkeypatch.setattr(ray, "put", lambda models: models)
     tiles = Mock(count=lambda: 10_000)
-    inference.map_tiles(inference.Calibrator, [], tiles, {}, gpus)
+    inference.map_tiles(inference.Calibrator, [], tiles, {}, gpus=gpus)
     given = tiles.map_batches.call_args.kwargs
     assert (given["num_cpus"], given["num_gpus"]) == asked
     assert given["compute"].min_size == actors
