@@ -36,11 +36,11 @@ def main(
     from saltray.data import dataset
     from saltray.prediction import inference, members
     from saltray.quiet import quiet
-    from saltray.records import run
+    from saltray.records import run, storage
     from saltray.training import checkpoint
 
     place = run.fetched(located(model))
-    folder = next((place / name for name in ("ensemble", "best") if (place / name).is_dir()), place)
+    folder = next((place / name for name in reversed(storage.BUNDLES) if (place / name).is_dir()), place)
     if not folder.is_dir():
         raise UserError(f"{model}: no such folder; a run's, or a bundle such as its best/, is meant")
     if folder == place and (place / "run.json").exists():

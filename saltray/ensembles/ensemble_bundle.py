@@ -11,10 +11,8 @@ from saltray.prediction import members
 from saltray.prediction.bundle import CARD, LIMITS, METRIC, ORIGIN, begin, origin_of
 from saltray.prediction.inference import Model, stored_postprocessing
 from saltray.prediction.postprocessing import Postprocessing
+from saltray.records.storage import ENSEMBLE
 from saltray.training import checkpoint
-
-FOLDER = "ensemble"
-"""In a run's."""
 
 
 def stage(
@@ -31,7 +29,7 @@ def stage(
     Returns:
         `ensemble.new/`.
     """
-    fresh = begin(folder, FOLDER)
+    fresh = begin(folder, ENSEMBLE)
     weights = {}
     for number, (model, trial) in enumerate(models):
         name = f"members/{number:02d}"

@@ -26,6 +26,7 @@ from saltray.network.model import count_parameters
 from saltray.prediction.inference import stored_postprocessing
 from saltray.prediction.postprocessing import Postprocessing, logit
 from saltray.records import run
+from saltray.records.storage import BEST
 from saltray.training import checkpoint
 
 ONNX, CARD = "model.onnx", "README.md"
@@ -48,7 +49,7 @@ def stage(folder: Path, checkpoint_path: str) -> Path:
     Raises:
         CheckpointError: it is damaged, or gone.
     """
-    fresh = begin(folder, "best")
+    fresh = begin(folder, BEST)
     try:
         with Checkpoint(checkpoint_path).as_directory() as name:
             source = Path(name)

@@ -35,7 +35,10 @@ UNSENT = ".unsent"
 PROBE = ".saltray-probe-"
 """How the names of files begin that are there for a moment only, to see who shares a folder."""
 
-BUNDLES = ("best", "ensemble")
+BEST, ENSEMBLE = "best", "ensemble"
+"""A run's folders of its best model, and of its ensemble."""
+
+BUNDLES = (BEST, ENSEMBLE)
 """A run's folders that are made anew in whole: what an older one had more goes from a copy as well."""
 
 _LAST = [Path(bundle, METRICS) for bundle in BUNDLES]

@@ -8,7 +8,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial
 
 from saltray.prediction import validation
-from saltray.records import run
+from saltray.records import run, storage
 from saltray.records.settings import Settings
 from saltray.records.study import Place, load_study, own_trials, score
 from saltray.training import checkpoint
@@ -54,7 +54,7 @@ def read(folder: Path, *, url: str | None = None, study: optuna.Study | None = N
     content = run.read(folder)
     settings = Settings.model_validate(content["settings"])
     study = study or load_study(Place(folder, url or settings.study, settings.study_name))
-    trials, best, ensemble = own_trials(study), folder / "best", folder / "ensemble"
+    trials, best, ensemble = own_trials(study), folder / storage.BEST, folder / storage.ENSEMBLE
     return Findings(
         folder=folder.resolve(),
         settings=settings,

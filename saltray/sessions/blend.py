@@ -317,7 +317,7 @@ def _publish(job: Job, chosen: Chosen, facts: dict[str, Any]) -> dict[str, Any]:
     # The folder first: a submission is never of an ensemble that is not there.
     publish(fresh)
     submission.write(folder / "submission.csv", job.data.ids, codes)
-    return checkpoint.load_metrics(folder / ensemble_bundle.FOLDER)
+    return checkpoint.load_metrics(folder / storage.ENSEMBLE)
 
 
 def in_words(facts: dict[str, Any]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from saltray.contest import submission
 from saltray.data import folds, neighbours
 from saltray.data.folds import Data
 from saltray.prediction import bundle, inference, validation
+from saltray.records.storage import BEST
 from saltray.records.study import best_trial, best_trials, checkpoints_of, lost_trial, own_trials, score
 from saltray.training import checkpoint
 
@@ -122,7 +123,7 @@ def _behind(study: optuna.Study, taken: FrozenTrial, model: Path) -> str:
 def _published(folder: Path, trial: FrozenTrial) -> dict[str, Any] | None:
     """Return the metrics of a trial's model in `best/`; None where that is not its model, as it is now."""
     try:
-        known = checkpoint.load_metrics(folder / "best")
+        known = checkpoint.load_metrics(folder / BEST)
     except checkpoint.CheckpointError:
         return None
     return known if (known.get("trial"), known.get("best_map")) == (trial.number, score(trial)) else None

@@ -14,7 +14,7 @@ from rich.markup import escape
 from saltray import connection, demo, report
 from saltray.data import dataset, neighbours, splitting
 from saltray.data.folds import Data
-from saltray.ensembles import candidates, ensemble_bundle
+from saltray.ensembles import candidates
 from saltray.quiet import quiet
 from saltray.records import run, shared_folder, storage
 from saltray.records.settings import Settings
@@ -294,9 +294,11 @@ def _search_and_predict(
         reached = search.run_search(space, tiles, chosen, mirror.home.trials, study, settings, callbacks)
     with console.status("predicting"), quiet(folder / "logs" / "predict.log"):
         # A submission that an ensemble has written stays until the next ensemble is there.
-        submit = not (folder / ensemble_bundle.FOLDER).exists()
+        submit = not (folder / storage.ENSEMBLE).exists()
         best, facts = outcome.publish_best(folder, study, data, submit=submit, gpus=settings.gpus)
-        tracking.log_best(study, folder / "best", {k: facts[k] for k in ("threshold", "validation_map")})
+        tracking.log_best(
+            study, folder / storage.BEST, {k: facts[k] for k in ("threshold", "validation_map")}
+        )
     problem: Exception | None = None
     if settings.blends:
         # The best model is on the disk by now; its report follows, whatever becomes of this.

@@ -46,7 +46,6 @@ GREEDY = SPACE.replace('"batch_size": 8', '"batch_size": 2048 if trial.number ==
 )
 # A batch that two and three workers can share.
 SHARED_BATCH = SPACE.replace('"batch_size": 8', '"batch_size": 6')
-SPACES = {"tiny": SPACE, "diverges": DIVERGES, "greedy": GREEDY, "six": SHARED_BATCH}
 
 
 class Search:

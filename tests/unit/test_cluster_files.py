@@ -324,7 +324,7 @@ def array(items: Any) -> dict[str, Any]:
     return {"type": "array", "items": items, "minItems": 1}
 
 
-STRING, COUNT, NAMES = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "object"}
+STRING, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
 PARAMETERS = {"type": "object", "additionalProperties": STRING}  # a number would be refused
 CONTAINER = strict(
     ["name", "image", "resources"],
