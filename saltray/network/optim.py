@@ -54,7 +54,13 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfi
     numbers: dict[str, Any] = {"lr": rate, "weight_decay": decay, "fused": True}
     if config.optimizer == "sgd":
         numbers |= {"momentum": config.momentum, "nesterov": config.momentum > 0}
-    return _OPTIMIZERS[config.optimizer](groups, **numbers)
+    optimizer: torch.optim.Optimizer = _OPTIMIZERS[config.optimizer](groups, **numbers)
+    if config.optimizer == "sgd" and config.momentum > 0:
+        # PyTorch allocates it within the first step, without zeros; float16 may leave that step out, and what
+        # lay in the memory would be the momentum of the next (torch 2.13, `torch.optim.sgd._fused_sgd`).
+        for parameter in known:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def learning_rate(config: OptimConfig, history: Sequence[float], step: int, steps: int) -> float:

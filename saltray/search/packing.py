@@ -13,7 +13,7 @@ from saltray.config import TILE, TrialConfig
 from saltray.network import cpu
 from saltray.search.plan import PlanError
 from saltray.training.loop import Learner, train_epoch
-from saltray.training.trial import NO_ROOM, WorkerResources
+from saltray.training.trial import WorkerResources, has_no_room
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Trials on one GPU that are tried, in this order."""
@@ -132,7 +132,7 @@ def together(config: dict[str, Any], resources: WorkerResources, count: int) -> 
     except (RayActorError, OutOfMemoryError):
         return 0.0  # by the kernel or Ray, most likely, where so many processes have no room in memory
     except RuntimeError as error:
-        if any(words in str(error) for words in NO_ROOM):
+        if has_no_room(error):
             return 0.0
         raise
     finally:

@@ -131,7 +131,7 @@ def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources,
     if resources.workers == 1:
         TorchTrainer(worker, scaling_config=train.ScalingConfig(num_workers=0)).fit()
         return
-    TorchTrainer(
+    trainer = TorchTrainer(
         worker,
         scaling_config=train.ScalingConfig(
             # A pair makes it elastic, which Ray's annotation does not know yet.
@@ -148,7 +148,25 @@ def run_trial(spec: dict[str, Any], *, tiles: Tiles, resources: WorkerResources,
             # Reports wait in two queues before the study names their checkpoint.
             checkpoint_config=train.CheckpointConfig(num_to_keep=4),
         ),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    except train.WorkerGroupError as error:
+        if not has_no_room(error):
+            raise
+        # Tune would start it `RETRIES` times more, each time with as many failures of its workers.
+        tune.report(_failed(1, f"{TOO_LARGE}: {error}", crashed=True))
+
+
+def has_no_room(error: Exception) -> bool:
+    """Tell whether an error says that a GPU's memory is too small."""
+    return any(words in str(error) for words in NO_ROOM)
+
+
+def _failed(epoch: int, reason: str, crashed: bool = False) -> dict[str, Any]:
+    """Return what a trial reports that must not be started again: it would end the same way."""
+    score = {"epoch": epoch, "map": 0.0, "best_map": 0.0, "finished": True}
+    return score | {"failed": reason, "crashed": crashed}
 
 
 def _first_intact(checkpoints: Iterable[train.Checkpoint], stack: ExitStack) -> Path | None:
@@ -235,10 +253,6 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
         checkpoint = train.Checkpoint.from_directory(folder) if folder else None
         (tune if alone else train).report(metrics | {"device": name, "workers": world}, checkpoint=checkpoint)
 
-    def fail(epoch: int, reason: str, crashed: bool = False) -> None:
-        last = {"epoch": epoch, "map": 0.0, "best_map": 0.0, "finished": True}
-        report(last | {"failed": reason, "crashed": crashed}, None)
-
     last = tune.get_checkpoint() if alone else train.get_checkpoint()
     known = ([last] if last else []) + [train.Checkpoint(place) for place in spec["resume"]]
     count = share.training.count()
@@ -258,8 +272,8 @@ def _train_worker(spec: dict[str, Any], tiles: Tiles, resources: WorkerResources
             )
         # Each is a result, not a crash: to start it again now would end the same way.
         except loop.Diverged as error:
-            fail(error.epoch, str(error))
+            report(_failed(error.epoch, str(error)), None)
         except RuntimeError as error:
-            if not alone or not any(words in str(error) for words in NO_ROOM):
+            if not alone or not has_no_room(error):
                 raise  # of several workers, the others wait for this one until Ray Train ends them
-            fail(reached + 1, f"{TOO_LARGE}: {error}", crashed=True)
+            report(_failed(reached + 1, f"{TOO_LARGE}: {error}", crashed=True), None)

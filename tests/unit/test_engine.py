@@ -47,6 +47,15 @@ def test_asha_remembers_the_rungs_of_earlier_sessions() -> None:
         assert decide(scheduler, trial, 3, 0.2) == expected
 
 
+@pytest.mark.parametrize(
+    ("epochs", "rungs"), [(36, [27, 9, 3]), (30, [9, 3]), (12, [9, 3]), (3, []), (1, [])]
+)
+def test_no_trial_is_stopped_shortly_before_its_end(epochs: int, rungs: list[int]) -> None:
+    scheduler = make_scheduler("asha", epochs, [])
+    assert isinstance(scheduler, StudyHyperBand)
+    assert [epoch for epoch, _ in scheduler._brackets[0]._rungs] == rungs
+
+
 def test_the_median_remembers_earlier_sessions() -> None:
     before = [known(n, TrialState.COMPLETE, *np.linspace(0.1, best, 9)) for n, best in enumerate([0.5] * 5)]
     for trials, expected in ((before, "STOP"), ([], "CONTINUE")):
@@ -73,7 +82,7 @@ def test_hyperband_spreads_trials_over_brackets_as_a_resumed_one_does() -> None:
     scheduler = make_scheduler("hyperband", 27, [])
     assert isinstance(scheduler, StudyHyperBand)
     brackets = scheduler._brackets
-    assert [min(epoch for epoch, _ in b._rungs) for b in brackets] == [3, 9, 27]
+    assert [[epoch for epoch, _ in b._rungs] for b in brackets] == [[9, 3], [9], []]
     chosen = [brackets.index(scheduler.bracket(number)) for number in range(3000)]
     again = make_scheduler("hyperband", 27, [])
     assert isinstance(again, StudyHyperBand)

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from typing import Literal
@@ -257,3 +258,24 @@ def test_stochastic_average_is_the_mean_of_the_last_epochs() -> None:
             seen.append([p.detach().clone() for p in model.parameters()])
     for parameter, values in zip(average.parameters(), zip(*seen, strict=True), strict=True):
         torch.testing.assert_close(parameter.detach(), torch.stack(values).mean(dim=0))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_a_first_step_that_float16_leaves_out_leaves_nothing_behind(
+    optimizer: Literal["adam", "adamw", "sgd"],
+) -> None:
+    config = OptimConfig(optimizer=optimizer, learning_rate=0.1, weight_decay=0.0)
+    gradients = [torch.full((64, 64), value) for value in (math.inf, 0.5, -0.25, 1.0)]
+    # Fresh memory is often zeros: what freed tensors leave there is not.
+    del [torch.full((64, 64), 1e30) for _ in range(64)][:]
+    ended = []
+    for steps in (gradients, gradients[1:]):
+        weight = nn.Parameter(torch.ones(64, 64))
+        taken, scaler = build_optimizer([weight], config), torch.amp.GradScaler("cpu", init_scale=1.0)
+        for gradient in steps:
+            weight.grad = gradient.clone()
+            scaler.scale(torch.zeros(()))  # it makes its scale when it is first asked
+            scaler.step(taken)
+            scaler.update(1.0)
+        ended.append(weight.detach())
+    assert torch.equal(*ended)
