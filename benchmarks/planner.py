@@ -106,7 +106,7 @@ def checkpoint_mb() -> float:
     assert isinstance(learner.model, EncoderDecoder)
     with tempfile.TemporaryDirectory() as folder:
         weights = learner.model.state_dict()
-        checkpoint.save(Path(folder), weights, config, {}, learner.state() | {"history": []})
+        checkpoint.save(Path(folder), weights, config, {}, learner.state(learner.model) | {"history": []})
         return sum(f.stat().st_size for f in Path(folder).iterdir()) / 1e6
 
 

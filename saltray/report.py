@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saltray.cli import NewFile, located, run_program
+from saltray.config import UserError
 
 if TYPE_CHECKING:
     import optuna
@@ -38,7 +39,12 @@ def main(
     if file:
         file.write(page.write)
     else:
-        page.write(folder / REPORT)
+        try:
+            page.write(folder / REPORT)
+        except OSError as error:
+            raise UserError(
+                f"{folder / REPORT}: cannot be written: {error}. Name another place: --out"
+            ) from None
         storage.send(home, REPORT)
     typer.echo(f"report: {file or f'{home}/{REPORT}'}")
 

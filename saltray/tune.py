@@ -204,6 +204,10 @@ def main(
         "objective": objective,
         "split": split,
     }
+    space = space.expanduser() if space else None
+    for option, given in (("--out", out), ("--resume", resume)):
+        if given and given.startswith("file://"):
+            raise UserError(f"{option} {given}: a folder on this machine is named by its path alone")
     budget = parse_duration(time_budget)
     server = without_password(study) if study else None
     if resume is not None:
@@ -250,8 +254,11 @@ def _settings(values: dict[str, Any]) -> Settings:
         for e in error.errors():
             message = e["msg"].removeprefix("Value error, ")
             option = f"--{str(e['loc'][0]).replace('_', '-')} {e['input']}: " if e["loc"] else ""
-            # Of a union each member complains: the first will do.
-            lines.setdefault(option, option + message)
+            # Of a union each member complains.
+            known = lines.get(option)
+            lines[option] = (
+                f"{known}, or {message.removeprefix('Input should be ')}" if known else option + message
+            )
         raise UserError("; ".join(lines.values())) from None
 
 

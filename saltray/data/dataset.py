@@ -238,8 +238,11 @@ def _read_csv(folder: Folder, name: str, columns: list[str]) -> pd.DataFrame:
     """Read a CSV as text, with the row's position as column `row`."""
     if not folder.exists(name):
         raise DataError(f"{folder.path(name)}: no such file")
-    with folder.filesystem.open_input_stream(folder.path(name)) as file:
-        table = csvfile.read(file, folder.path(name), columns, DataError)
+    try:
+        with folder.filesystem.open_input_stream(folder.path(name)) as file:
+            table = csvfile.read(file, folder.path(name), columns, DataError)
+    except OSError as error:
+        raise DataError(f"{folder.path(name)}: cannot be read: {error}") from None
     unsafe = [i for i in table["id"] if not _SAFE_ID.fullmatch(i)]
     if unsafe:
         raise DataError(
@@ -306,7 +309,7 @@ def _open_zip(filesystem: pyarrow.fs.FileSystem, archive: str) -> Iterator[zipfi
 def _match(rows: pd.DataFrame, images: dict[str, str], csv: str, where: str) -> Problems:
     """Name the ids that the CSV and the images do not share."""
     ids = set(rows["id"])
-    without_image = dict.fromkeys(ids - images.keys(), f"in {csv}, but without an image in {where}")
+    without_image = dict.fromkeys(ids - images.keys(), f"in {csv}, but without an image (.png) in {where}")
     return without_image | dict.fromkeys(images.keys() - ids, f"in {where}, but without a row in {csv}")
 
 

@@ -30,7 +30,7 @@ def kept(study: optuna.Study, most: int) -> list[Candidate]:
 def of_runs(settings: Settings, own: storage.Home, tiles: str) -> list[Candidate]:
     """Return what the other runs that `settings` name have for the ensemble: as many configurations of each.
 
-    In the others' studies is noted where their trials lie, if they were moved; else nothing there is changed.
+    The others are read, and nothing of them is changed.
 
     Args:
         settings: of the run whose ensemble it is. With folds, the others' refits on as many are taken.
@@ -74,25 +74,36 @@ def _of_run(home: storage.Home, settings: Settings, tiles: str) -> list[Candidat
             f"it has {its}, this run {settings.folds}. First: {again} --folds {settings.folds}"
         )
     study = load_study(Place(home.folder, other.study, other.study_name))
-    _keep_trials_at(study, home.trials)
-    size = settings.ensemble or 1
-    found = kept(study, size) if settings.folds is None else _refitted(study, home, settings.folds, size)
+    size, trials = settings.ensemble or 1, _copied(study, study.study_name, home.trials)
+    if settings.folds is None:
+        found = kept(trials, size)
+    else:
+        found = _refitted(study, trials, home, settings.folds, size)
     if not found:
         raise run.RunError(f"no configuration of it is ready for an ensemble. First: {again}")
     return found
 
 
-def _keep_trials_at(study: optuna.Study, place: str) -> None:
-    """Note where its trials lie; a copy without them, of a run behind a URI, still names those there."""
+def _copied(study: optuna.Study, name: str, place: str) -> optuna.Study:
+    """Return a study beside another in memory, which knows where its trials lie now: it may be read-only.
+
+    A copy of a run without trials, of one behind a URI, still names those there.
+    """
+    memory = optuna.storages.InMemoryStorage()
+    optuna.copy_study(from_study_name=name, from_storage=study._storage, to_storage=memory)
+    copied = optuna.load_study(study_name=name, storage=memory)
     if storage.names(place):
-        keep_trials_at(study, place)
+        keep_trials_at(copied, place)
+    return copied
 
 
-def _refitted(study: optuna.Study, home: storage.Home, folds: int, most: int) -> list[Candidate]:
+def _refitted(
+    study: optuna.Study, trials: optuna.Study, home: storage.Home, folds: int, most: int
+) -> list[Candidate]:
+    """Return the refits of the best of a study's `trials`, read from another study beside it."""
     name = f"{REFITS}{folds}"
     try:
-        known = optuna.load_study(study_name=f"{study.study_name} {name}", storage=study._storage)
+        known = _copied(study, f"{study.study_name} {name}", f"{home.trials}/{name}")
     except KeyError:
         return []
-    _keep_trials_at(known, f"{home.trials}/{name}")
-    return refits.candidates(known, study, folds, most)
+    return refits.candidates(known, trials, folds, most)

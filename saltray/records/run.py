@@ -20,6 +20,7 @@ import json
 import os
 import shlex
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class UnderWay(RunError):
 
 
 def refuse_taken(home: storage.Home) -> None:
-    """Raise a RunError where a new run's folder, or its URI, already holds something."""
+    """Raise a RunError where a new run's folder, or its URI, holds something, or cannot be written to."""
     folder = home.folder
     behind_uri = _held(storage.names(home.uri)) if home.uri is not None else set()
     here = _held(storage.names(str(folder))) if folder.is_dir() else {"a file"} if folder.exists() else set()
@@ -50,6 +51,11 @@ def refuse_taken(home: storage.Home) -> None:
         if "run.json" not in held:
             way = "It holds no run (a start that was cut off?): remove it, or name another --out"
         raise RunError(f"{home if behind_uri else folder}: already there. {way}")
+    with (
+        _writing(folder),
+        tempfile.TemporaryFile(dir=next(p for p in (folder, *folder.parents) if p.exists())),
+    ):
+        pass
 
 
 def _held(names: Iterable[str]) -> set[str]:
@@ -58,9 +64,21 @@ def _held(names: Iterable[str]) -> set[str]:
 
 
 def create(folder: Path, space: Path) -> None:
-    """Make a new run's folder."""
-    (folder / "logs").mkdir(parents=True)
-    (folder / "space.py").write_text(space.read_text())
+    """Make a new run's folder; raises a RunError where that cannot be done, or another has just done so."""
+    with _writing(folder):
+        (folder / "logs").mkdir(parents=True)
+        (folder / "space.py").write_text(space.read_text())
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Name the folder where it cannot be written to."""
+    try:
+        yield
+    except FileExistsError:
+        raise RunError(f"{folder}: another session has just made it; name another --out") from None
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written to: {error}") from None
 
 
 @contextlib.contextmanager
@@ -69,8 +87,11 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         UnderWay: another session is running.
+        RunError: the folder cannot be written to.
     """
-    with (folder / ".lock").open("w") as file:
+    with _writing(folder):
+        file = (folder / ".lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

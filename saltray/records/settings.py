@@ -17,8 +17,8 @@ class Settings(SearchConfig):
     space: str
     split: Split = "coverage"
     workers_per_trial: Annotated[int, Field(ge=1)] = 1
-    cpus_per_trial: float | None = None
-    gpus_per_trial: float | Literal["auto"] | None = None
+    cpus_per_trial: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    gpus_per_trial: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] | None = None
     skip_bad: bool = False
     folds: Annotated[int, Field(ge=2, le=10)] | None = None
     """On how many folds the best configurations are trained again after the search; None for not at all."""

@@ -325,7 +325,7 @@ def in_words(facts: dict[str, Any]) -> dict[str, str]:
     lines = {}
     if "models" in facts:
         used = [f"{escape(c['name'])} ({c['weight']:.2f})" for c in facts["candidates"] if c["weight"]]
-        lines["ensemble"] = f"{facts['models']} models, by weight of {', '.join(used)}"
+        lines["ensemble"] = f"{counted(facts['models'], 'model')}, by weight of {', '.join(used)}"
         where = f"{facts['folds']} folds, out of fold" if facts["folds"] else "the validation tiles"
         folds = ", ".join(f"{value:.4f}" for value in facts["by_fold"])
         lines["its mAP"] = (

@@ -1,7 +1,6 @@
 """What `--dry-run` shows: the space, sampled configurations, and the plan with its estimated time."""
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import optuna
 import ray
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,10 +20,10 @@ from saltray.quiet import quiet
 from saltray.records import run
 from saltray.records.settings import Settings
 from saltray.search import space as spaces
-from saltray.search.engine import GRACE_EPOCHS, REDUCTION
+from saltray.search.engine import GRACE_EPOCHS, LAST_RUNG, REDUCTION
 from saltray.search.packing import most_side_by_side, tiles_per_second, together
-from saltray.sessions import session
-from saltray.sessions.view import duration, text
+from saltray.sessions import session, summary
+from saltray.sessions.view import Terminal, duration, text
 
 SAMPLES = 10
 
@@ -42,13 +40,14 @@ def show(settings: Settings, *, address: str | None, synthetic: bool) -> None:
     count = session.DEMO_TILES
     if not synthetic:
         count = len(dataset.read_train(dataset.open_folder(settings.data)).rows)
-    console = Console(file=sys.stdout, highlight=False)
+    console = Terminal()
     with console.status("starting Ray"), quiet(None):
         samples = spaces.sample(
             space, SAMPLES, epochs=settings.epochs, seed=settings.seed, workers=settings.workers_per_trial
         )
         connection.connect(address)
     try:
+        summary.tell_busy(console)
         chosen = session.plan_for(console, settings, space)
         with console.status("timing the sampled networks"), quiet(None):
             share = chosen.resources
@@ -135,7 +134,7 @@ def expected_epochs(epochs: int) -> float:
     """Return the mean epochs of a trial under ASHA where one in `REDUCTION` goes on at each rung."""
     mean, reached, share = 0.0, 0, 1.0
     rung = min(GRACE_EPOCHS, epochs)
-    while rung < epochs:
+    while rung <= LAST_RUNG * epochs:
         mean += share * (rung - reached)
         reached, rung, share = rung, rung * REDUCTION, share / REDUCTION
     return mean + share * (epochs - reached)

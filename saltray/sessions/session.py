@@ -1,7 +1,6 @@
 """One session of a search, from the checks at its start to the submission at its end."""
 
 import contextlib
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -32,7 +31,7 @@ from saltray.search.plan import Plan, PlanError, plan
 from saltray.search.space import Space
 from saltray.search.warmstart import adopt, is_adopted
 from saltray.sessions import blend, outcome, summary, tracking
-from saltray.sessions.view import LiveView
+from saltray.sessions.view import LiveView, Terminal
 from saltray.training.trial import Tiles
 
 CHECKED = 20
@@ -65,7 +64,7 @@ def start(
     refuse_taken_name(place)
     before = run.fetched(settings.warm_start) if settings.warm_start else None
     other = _load_other(before) if before else None
-    console = _console()
+    console = Terminal()
     synthetic: list[tuple[str, bytes]] = []
     if settings.data == str(run.demo_data(folder)):
         console.print("No --data: making synthetic seismic tiles.")
@@ -107,7 +106,7 @@ def resume(home: storage.Home, settings: Settings, *, address: str | None, url: 
             raise
         # The run was cut off before it made one.
     _check(space, settings)
-    console = _console()
+    console = Terminal()
     if Path(settings.space).is_file() and Path(settings.space).read_text() != space.path.read_text():
         console.print(
             f"{escape(settings.space)} has changed since; this run keeps its own copy.", style="dim"
@@ -134,10 +133,6 @@ def resume(home: storage.Home, settings: Settings, *, address: str | None, url: 
             _search_and_predict(console, mirror, settings, space, chosen, data, study)
     finally:
         connection.disconnect()
-
-
-def _console() -> Console:
-    return Console(file=sys.stdout, highlight=False)
 
 
 def _connect(console: Console, address: str | None) -> str:
@@ -255,7 +250,10 @@ def _adopt(
     ]
     with quiet(None):
         taken = adopt(study, other, space.draw, origin, compares=not differs)
-    if differs:
+    if not any(taken):
+        told = f"Warm start: nothing of {origin} can be used: no trial of it has a parameter of this space."
+        console.print(told, soft_wrap=True, markup=False)
+    elif differs:
         console.print(
             f"Warm start: {origin} had other {' and '.join(differs)}, so that its scores do not compare; "
             f"its {taken.proposed} best parameters are tried first.",

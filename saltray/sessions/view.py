@@ -1,5 +1,7 @@
 """What the user sees while a search runs: one live table, and nothing else."""
 
+import os
+import sys
 import time
 from typing import Any
 
@@ -37,6 +39,20 @@ def text(parameters: dict[str, Any]) -> str:
     return escape("  ".join(words))
 
 
+class Terminal(Console):
+    """Where a session's words go: standard output, maybe a pipe whose reader ends before the session."""
+
+    def __init__(self) -> None:
+        """Write to what is the standard output now."""
+        super().__init__(file=sys.stdout, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence; rich would end the process, and with it the search."""
+        self.quiet = True
+        # What Python itself still holds for the pipe goes nowhere, or it would fail when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class LiveView(tune.Callback):
     """Draws the study after every result; where there is no terminal, a line for each ended trial."""
 
@@ -60,7 +76,7 @@ class LiveView(tune.Callback):
         """Start drawing; trials that ended in an earlier session are not told again."""
         self._told = {t.number for t in self._known() if t.state.is_finished()}
         self._already_ended = count(self._study).ended
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(
                 console=self._console,
                 get_renderable=self._draw,

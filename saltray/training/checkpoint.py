@@ -2,7 +2,7 @@
 
 `weights.safetensors` holds the weights that are kept, the best so far or the last (`TrialConfig.keep`);
 `config.json` the trial's configuration, `metrics.json` the scores; `training.pt`, present while the trial is
-unfinished, the state from which training goes on; `snapshot-1.safetensors` .. the weights at the end of each
+unfinished, the rest of what training goes on from; `snapshot-1.safetensors` .. the weights at the end of each
 cycle of the learning rate, where asked for.
 Nothing in it is run when it is read: safetensors and JSON hold no code, and the training state is loaded
 with `weights_only=True`.

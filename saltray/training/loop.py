@@ -97,19 +97,23 @@ class Learner:
         """The autocast type."""
         return autocast_dtype(self.config.precision, self.device)
 
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed trial needs to go on exactly so."""
-        state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        return state | ({} if self.average is None else {"average": self.average.state_dict()})
+    @property
+    def networks(self) -> dict[str, EncoderDecoder]:
+        """The model, and its average where there is one, by name."""
+        return {"model": self.model} | ({"average": self.average} if self.average is not None else {})
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from an earlier `state`."""
-        self.model.load_state_dict(state["model"])
+    def state(self, kept: EncoderDecoder | None = None) -> dict[str, Any]:
+        """Return what a resumed trial needs to go on exactly so, beside the weights of the kept network."""
+        parts: dict[str, Any] = {"optimizer": self.optimizer, "scaler": self.scaler, **self.networks}
+        return {name: part.state_dict() for name, part in parts.items() if part is not kept}
+
+    def restore(self, state: dict[str, Any], kept: Weights) -> None:
+        """Go on from an earlier `state`, with the weights that were kept then."""
         self.optimizer.load_state_dict(state["optimizer"])
-        if state.get("scaler"):
+        if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        for name, network in self.networks.items():
+            network.load_state_dict(state.get(name, kept))
 
 
 def fit(
@@ -158,9 +162,9 @@ def fit(
         report(last, None)
         return
     else:
-        saved = checkpoint.load_training(resume)
-        learner.restore(saved)
-        history, best_weights = list(saved["history"]), checkpoint.load_weights(resume)
+        saved, best_weights = checkpoint.load_training(resume), checkpoint.load_weights(resume)
+        learner.restore(saved, best_weights)
+        history = list(saved["history"])
         snapshots = checkpoint.load_snapshots(resume)
     network: nn.Module = learner.model
     if dist.is_initialized():
@@ -181,7 +185,8 @@ def fit(
         score, validated = evaluate(judged, validation_batches(), device, learner.amp)
         seconds = time.perf_counter() - judging
         history.append(score)
-        if config.keep == "last" or epochs_since_best(history) == 0:
+        is_kept = config.keep == "last" or epochs_since_best(history) == 0
+        if is_kept:
             best_weights = _copy_weights(judged)
         if epoch in cycle_ends(config.optim, config.epochs):
             snapshots.append(_copy_weights(judged))
@@ -198,7 +203,7 @@ def fit(
             "parameters": count_parameters(learner.model),
             "finished": finished,
         }
-        state = None if finished else learner.state() | {"history": history}
+        state = None if finished else learner.state(judged if is_kept else None) | {"history": history}
         _report(report, results, best_weights, snapshots, config, history, state)
         if finished:
             return

@@ -108,6 +108,17 @@ def test_a_copy_without_trials_still_finds_those_at_the_runs_uri(other: Path, tm
     assert all(source.path.startswith(str(there)) for source in found.sources)
 
 
+def test_a_moved_run_is_read_and_nothing_of_it_changed(other: Path, tmp_path: Path) -> None:
+    moved = other.rename(tmp_path / "moved")
+    before = (moved / "study.db").read_bytes()
+    for asked in ({"folds": 2}, {"ensemble": 1}):
+        (found,) = candidates.of_runs(
+            settings(**asked, ensemble_with=[str(moved)]), Home(tmp_path / "own"), TILES
+        )
+        assert all(source.path.startswith(str(moved)) for source in found.sources)
+    assert (moved / "study.db").read_bytes() == before
+
+
 def test_the_command_names_every_run() -> None:
     words = as_options(settings(ensemble=2, ensemble_with=["runs/a", "runs/b c"]), Path("space.py"))
     assert "--ensemble-with runs/a --ensemble-with 'runs/b c'" in words

@@ -124,9 +124,33 @@ def test_a_taken_folder_is_refused(tmp_path: Path) -> None:
         run.refuse_taken(storage.Home(tmp_path / "notes.txt"))
 
 
+def test_a_place_that_cannot_be_written_to_is_told_before_any_work(tmp_path: Path) -> None:
+    (file := tmp_path / "notes.txt").touch()
+    for place in (file / "run", file / "deep" / "run"):
+        with pytest.raises(RunError, match=rf"{place}: cannot be written to: .*Not a directory"):
+            run.refuse_taken(storage.Home(place))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_two_sessions_that_start_one_run_are_told_apart(tmp_path: Path) -> None:
+    (space := tmp_path / "space.py").touch()
+    run.create(tmp_path / "run", space)
+    with pytest.raises(RunError, match="another session has just made it; name another --out"):
+        run.create(tmp_path / "run", space)
+
+
+def test_a_run_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()  # stands for a read-only place, which root can write to all the same
+    with pytest.raises(RunError, match=rf"{tmp_path}: cannot be written to"), run.locked(tmp_path):
+        pass
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"cpus_per_trial": 0}, "greater than 0"),
+        ({"cpus_per_trial": float("nan")}, "finite"),
+        ({"gpus_per_trial": -1}, "greater than or equal to 0"),
         ({"pseudo_labels": True}, "--pseudo-labels needs --folds"),
         ({"folds": 1}, "greater than or equal to 2"),
         ({"folds": 11}, "less than or equal to 10"),
@@ -135,7 +159,7 @@ def test_a_taken_folder_is_refused(tmp_path: Path) -> None:
         ({"ensemble": 2, "objective": "map+speed", "scheduler": "none"}, "leave one of them out"),
     ],
 )
-def test_an_ensemble_that_makes_no_sense_is_refused(given: dict[str, Any], words: str) -> None:
+def test_settings_that_make_no_sense_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         Settings(**{"data": "DIR", "space": "space.py", **given})
 

@@ -56,11 +56,11 @@ def test_several_workers_without_room_are_not_started_again_by_tune(
             raise error
 
     monkeypatch.setattr(trial, "TorchTrainer", Trainer)
-    monkeypatch.setattr(trial, "TuneReportCallback", lambda: None)
+    monkeypatch.setattr(trial, "TuneReportCallback", train.UserCallback)
     monkeypatch.setattr(tune, "report", reports.append)
     spec = {"config": DEBUG.to_dict(), "number": 0, "resume": []}
     expected = pytest.raises(train.WorkerGroupError) if room else contextlib.nullcontext()
     with expected:
-        trial.run_trial(spec, tiles=None, resources=WorkerResources(2, 1.0, 1.0), storage="/tmp")  # type: ignore[arg-type]
+        trial.run_trial(spec, tiles=None, resources=WorkerResources(2, 1.0, 0.0), storage="/tmp")  # type: ignore[arg-type]
     assert [r["finished"] and r["crashed"] for r in reports] == [True] * (not room)
     assert all(re.search("--gpus-per-trial.*20 MiB", r["failed"], re.DOTALL) for r in reports)

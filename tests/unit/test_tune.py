@@ -33,6 +33,21 @@ def test_a_dry_run_is_of_a_new_run(tmp_path: Path) -> None:
         tune.main(resume=str(tmp_path), dry_run=True)
 
 
+@pytest.mark.parametrize("option", ["out", "resume"])
+def test_a_path_is_not_named_as_a_uri(option: str) -> None:
+    with pytest.raises(UserError, match=rf"--{option} file:///tmp/run: .* by its path alone"):
+        tune.main(**{option: "file:///tmp/run"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("half", "--gpus-per-trial half: .*a valid number.*, or 'auto'"), ("-1", "-1: .*equal to 0, or 'auto'")],
+)
+def test_a_wrong_value_is_told_with_its_option(value: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        tune.main(data="DIR", gpus_per_trial=value)
+
+
 def test_synthetic_tiles_are_not_made_behind_a_uri() -> None:
     with pytest.raises(UserError, match=r"--out s3://bucket/run: .* name --data"):
         tune.main(out="s3://bucket/run")

@@ -1,4 +1,6 @@
 import io
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ from saltray.config import SearchConfig
 from saltray.records.study import Place, create_study, load_study
 from saltray.search.searcher import StudySearch
 from saltray.search.space import Space
-from saltray.sessions.view import LiveView, duration, text
+from saltray.sessions.view import LiveView, Terminal, duration, text
 from saltray.training.trial import WorkerResources
 from tests.unit.studies import result
 
@@ -78,6 +80,27 @@ def test_without_a_terminal_each_ended_trial_is_told_once(study_folder: Path) ->
         ["trial", "2", "failed"],
     ]
     assert "best mAP 0.7500" in told[0] and "epochs 9" in told[0]
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(study_folder: Path) -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=140, force_terminal=True, _environ={"TERM": "dumb"})
+    with LiveView(console, load_study(study_folder), trials=6, epochs=9, time_budget=None) as view:
+        view._told.clear()
+        view.on_trial_complete(0, [], NOTHING)
+    assert "complete  best mAP 0.7500" in file.getvalue()
+
+
+def test_a_search_outlives_the_reader_of_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        console = Terminal()
+        console.print("heard")
+        assert os.read(reading, 100) == b"heard\n"
+        os.close(reading)
+        for _ in range(3):
+            console.print("nobody hears it")
 
 
 def test_a_new_session_does_not_tell_what_ended_before(study_folder: Path) -> None:
