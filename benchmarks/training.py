@@ -17,6 +17,7 @@ from benchmarks.rows import Goal, Row, at_least, interleaved, median
 from saltray import connection
 from saltray.config import TrialConfig
 from saltray.data import stream
+from saltray.data.dataset import TILES_PER_BLOCK
 from saltray.network import cpu
 from saltray.training.loop import fit
 from saltray.training.trial import DATA_SHARE, EVALUATION_BATCH
@@ -41,12 +42,11 @@ SAME = {
     "epochs": 12,
 }
 """What is trained to see that a faster saltray finds what it found before: long enough to learn something."""
-BLOCK = 512  # as `saltray.data.dataset.TILES_PER_BLOCK`
 
 
 def dataset(tiles: Arrays) -> ray.data.Dataset:
     """Put tiles into the object store as `saltray.data.dataset.decode` does."""
-    blocks = [tiles.part(i, i + BLOCK).columns(i) for i in range(0, len(tiles), BLOCK)]
+    blocks = [tiles.part(i, i + TILES_PER_BLOCK).columns(i) for i in range(0, len(tiles), TILES_PER_BLOCK)]
     tables = [
         pyarrow.table(
             {name: ArrowTensorArray.from_numpy(c) if c.ndim > 1 else c for name, c in block.items()}

@@ -78,7 +78,7 @@ def _writing(folder: Path) -> Iterator[None]:
     except FileExistsError:
         raise RunError(f"{folder}: another session has just made it; name another --out") from None
     except OSError as error:
-        raise RunError(f"{folder}: cannot be written to: {error}") from None
+        raise RunError(f"{folder}: cannot be written to: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
