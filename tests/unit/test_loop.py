@@ -144,6 +144,24 @@ def test_every_technique_resumes_exactly(tmp_path: Path, technique: str) -> None
         assert file.read_bytes() == (tmp_path / "rest" / "4" / file.name).read_bytes()
 
 
+def newest(folder: Path) -> dict[str, Any]:
+    """The training state of a checkpoint, with the weights that it does not hold twice."""
+    state, kept = checkpoint.load_training(folder), checkpoint.load_weights(folder)
+    return {"model": kept, "average": kept} | state
+
+
+@pytest.mark.parametrize("technique", ["plain", "exponential average, adamw"])
+def test_no_weights_are_written_twice(tmp_path: Path, technique: str) -> None:
+    config, recorder = using(technique) if technique != "plain" else CONFIG, Recorder(tmp_path)
+    fit(config, recorder)
+    judged = "average" if config.optim.average != "none" else "model"
+    for epoch in (1, 2, 3):
+        is_best = recorder.column("map")[epoch - 1] > max(recorder.column("map")[: epoch - 1], default=-1)
+        state = checkpoint.load_training(tmp_path / str(epoch))
+        assert (judged in state) == (not is_best)
+        assert {"optimizer", "scaler", "history"} <= state.keys()
+
+
 def test_the_second_loss_trains_from_its_epoch_on(tmp_path: Path) -> None:
     config = using("bce, then lovasz")
     both, first = Recorder(tmp_path / "both"), Recorder(tmp_path / "first")
@@ -158,7 +176,7 @@ def test_snapshots_are_the_weights_at_the_ends_of_the_cycles(tmp_path: Path) -> 
     fit(CONFIG.model_copy(update={"optim": optim}), Recorder(tmp_path))
     assert [len(checkpoint.load_snapshots(tmp_path / str(epoch))) for epoch in (1, 2, 3, 4)] == [0, 1, 1, 2]
     first = checkpoint.load_snapshots(tmp_path / "4")[0]
-    state = checkpoint.load_training(tmp_path / "2")["model"]
+    state = newest(tmp_path / "2")["model"]
     assert all(torch.equal(first[name], state[name]) for name in state)
 
 
@@ -167,15 +185,16 @@ def test_averaged_weights_are_the_ones_judged_and_kept(tmp_path: Path, technique
     config, recorder = using(technique), Recorder(tmp_path)
     fit(config, recorder)
     for epoch in (2, 3):
-        state = checkpoint.load_training(tmp_path / str(epoch))
+        state = newest(tmp_path / str(epoch))
         first = technique.startswith("stochastic") and epoch == 2  # a mean of one, but for BatchNorm
         assert torch.equal(state["average"]["head.weight"], state["model"]["head.weight"]) == first
         model = build_model(config.model)
         model.load_state_dict(state["average"])
         assert loop.evaluate(model, batches(VALIDATION, 3), CPU, None)[0] == recorder.column("map")[epoch - 1]
-        if recorder.column("best_map")[epoch - 1] > recorder.column("best_map")[epoch - 2]:
-            kept = checkpoint.load_weights(tmp_path / str(epoch))
-            assert all(torch.equal(kept[name], value) for name, value in state["average"].items())
+    best = int(np.argmax(recorder.column("map"))) + 1
+    kept, then = (checkpoint.load_weights(tmp_path / str(epoch)) for epoch in (4, best))
+    assert all(torch.equal(kept[name], value) for name, value in then.items())
+    assert recorder.column("best_map")[3] == max(recorder.column("map"))
 
 
 def test_recomputed_batchnorm_agrees_with_torchs() -> None:
