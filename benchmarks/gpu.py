@@ -39,7 +39,7 @@ def measure() -> list[Row]:
     for architecture, name in names.items():
         config = seed_config(architecture, epochs=2 + EPOCHS)
         a, b = interleaved(
-            lambda config=config: _rate(ray.get(ours.remote(config, *held, "cuda", 1.0)).times),  # type: ignore[misc]
+            lambda config=config: _rate(ray.get(ours.remote(config, *held, "cuda", 1.0, 1 + EPOCHS)).times),  # type: ignore[misc]
             lambda config=config: ray.get(peer.remote(config, training)),  # type: ignore[misc]
             RUNS,
         )
@@ -55,7 +55,7 @@ def measure() -> list[Row]:
 
 
 def _rate(times: list[float]) -> float:
-    # The last epoch has no stream after it, and its checkpoint no state: it is not counted.
+    # A trial's last epoch has no stream after it, and its checkpoint no state: it never comes to that.
     return EPOCHS * TILES / (times[EPOCHS] - times[0])
 
 

@@ -1,5 +1,6 @@
 """Training on CPU: saltray's loop on a Ray Data stream, against the plain loop with the set in memory."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ from saltray.training.trial import DATA_SHARE, EVALUATION_BATCH
 
 TRAINING, VALIDATION = 128, 64
 EPOCHS = 1
-"""Timed ones, between a first and a last that are not: so each pays for the stream of the one after it, and
-for a checkpoint to go on from."""
+"""Timed ones, between a first that is not, and another that never comes: so each pays for the stream of the
+one after it, and for a checkpoint to go on from."""
 THREADS = 2
 RUNS = 3
 TOLERANCE = 0.005
@@ -57,6 +58,10 @@ def dataset(tiles: Arrays) -> ray.data.Dataset:
     return held
 
 
+class _Enough(Exception):
+    """Training need not go on."""
+
+
 class Trained(NamedTuple):
     """When each epoch was reported, in seconds, and its validation mAP."""
 
@@ -70,8 +75,9 @@ def train_on_ray(
     validation: ray.data.Dataset,
     device: str = "cpu",
     cpus: float = THREADS,
+    stop_after: int | None = None,
 ) -> Trained:
-    """Train as a one-worker trial does, checkpoints and all."""
+    """Train as a one-worker trial does, checkpoints and all; as one that is stopped early, where asked to."""
     cpu.use(THREADS)
     done = Trained([], [])
     count = training.count()
@@ -79,6 +85,8 @@ def train_on_ray(
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         done.times.append(time.perf_counter())
         done.scores.append(metrics["map"])
+        if len(done.times) == stop_after:
+            raise _Enough
 
     def start(epoch: int) -> Iterator[stream.Tensors]:
         return stream.epoch_stream(
@@ -86,7 +94,8 @@ def train_on_ray(
             cpus_per_task=cpus * DATA_SHARE, device=device,
         )  # fmt: skip
 
-    with stream.EpochStreams(start, epochs=config.epochs, tiles=count) as training_batches:
+    streams = stream.EpochStreams(start, epochs=config.epochs, tiles=count)
+    with contextlib.suppress(_Enough), streams as training_batches:
         fit(
             config,
             training_batches,
@@ -147,7 +156,7 @@ def _rate(times: list[float]) -> float:
 
 
 def _ours(cpus: float, config: TrialConfig, *held: ray.data.Dataset) -> float:
-    return _rate(_on_ray(cpus, train_on_ray, config, *held).times)
+    return _rate(_on_ray(cpus, train_on_ray, config, *held, "cpu", THREADS, 1 + EPOCHS).times)
 
 
 def _peer(cpus: float, config: TrialConfig, *tiles: Arrays) -> float:
