@@ -45,7 +45,8 @@ def make_trial(
     for i, value in enumerate(scores, start=1):
         ended = (start + timedelta(seconds=30 * i)).isoformat()
         row = {"epoch": i, "loss": 1 / i, "map": value, "learning_rate": rate, "seconds": 30.0}
-        epochs.append(row | {"tiles_per_second": 100.0, "host": host, "ended": ended})
+        row |= {"tiles_per_second": 100.0, "workers": 1, "gpus": attributes.get("hardware", HARDWARE)["gpus"]}
+        epochs.append(row | {"host": host, "ended": ended})
     if values is None and state == TrialState.COMPLETE:
         values = [max(scores)]
     return create_trial(

@@ -239,7 +239,7 @@ def test_tiles_that_do_not_match_are_collected_and_left_out(data: Path) -> None:
     edit(data / "depths.csv", lambda table: table[table["id"] != TRAIN[5]])
     table = read_train(open_folder(str(data)))
     expected = {
-        TRAIN[0]: "in train.csv, but without an image in train/images",
+        TRAIN[0]: "in train.csv, but without an image (.png) in train/images",
         "stranger": "in train/images, but without a row in train.csv",
         TRAIN[2]: "without a mask in train/masks",
         TRAIN[3]: "train.csv: malformed run-length code '7'",
