@@ -11,11 +11,10 @@ from pydantic import ValidationError
 
 from saltray.cli import bundled_space, located, parse_duration, prepare_ray, run_program
 from saltray.config import DISK_FULL, Objective, Scheduler, Searcher, Split, UserError
-from saltray.records.settings import Settings
 
 # Heavy imports wait until they are needed, so that --help answers at once.
 if TYPE_CHECKING:
-    pass
+    from saltray.records.settings import Settings
 
 DEMO = {"trials": 6, "epochs": 8}
 
@@ -246,6 +245,7 @@ def main(
 
 def _settings(values: dict[str, Any]) -> Settings:
     """Make settings of the options that were given; raises UserError naming the option."""
+    from saltray.records.settings import Settings
 
     try:
         return Settings.model_validate({k: v for k, v in values.items() if v is not None})

@@ -201,6 +201,11 @@ def test_no_module_is_too_long(name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
+        # Their --help answers at once.
+        *(
+            (name, {"ray", "torch", "optuna", "pandas"})
+            for name in ("tune", "predict", "report", "explore", "score")
+        ),
         # Ray Data's processes import these; PyTorch would cost each a second and 200 MB.
         ("data.dataset", {"torch"}),
         ("data.augment", {"torch"}),
