@@ -55,7 +55,7 @@ def groups_in(table: Table, rows: Ints, pairs: Ints) -> Ints:
 
 def groups_of(tiles: int, pairs: Ints) -> Ints:
     """Number the groups that pairs (n, 2) join: int64 (tiles,); a tile in no pair is a group of its own."""
-    # Imported where it is used: processes that split nothing import this module too.
+    # Imported where it is used: few runs keep neighbours together.
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

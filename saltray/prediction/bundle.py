@@ -26,6 +26,7 @@ from saltray.network.model import count_parameters
 from saltray.prediction.inference import stored_postprocessing
 from saltray.prediction.postprocessing import Postprocessing, logit
 from saltray.records import run
+from saltray.records.settings import Settings
 from saltray.records.storage import BEST
 from saltray.training import checkpoint
 
@@ -146,8 +147,8 @@ _LONE = """\
 
 def origin_of(bundle: Path) -> dict[str, str]:
     """Return what a model card tells of the run that a bundle in its folder comes from."""
-    known, settings = run.read(bundle.parent), run.read_settings(bundle.parent)
-    sessions = known["sessions"]
+    known = run.read(bundle.parent)
+    settings, sessions = Settings.model_validate(known["settings"]), known["sessions"]
     return {
         "name": bundle.parent.name,
         "data": Path(settings.data.rstrip("/")).name,

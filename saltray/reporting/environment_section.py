@@ -17,14 +17,12 @@ def add(page: Page, found: Findings) -> None:
     page.section("Environment", "What is needed to do this search again: the command, and what it ran on.")
     options = as_options(found.settings, found.folder / "space.py")
     page.command(environment.without_secrets(f"python -m saltray.tune {options}"))
-    hardware = [t.user_attrs["hardware"] for t in found.trials if "hardware" in t.user_attrs]
+    known = (t.user_attrs["hardware"] for t in found.trials if "hardware" in t.user_attrs)
+    machines = Counter(map(_machine, known))
     facts = {
         "tiles": f"{found.tiles}, the first digits of the SHA-256 of their labels and split",
         "search space": f"{found.settings.space}, kept as space.py in the run's folder",
-        "trained on": ", ".join(
-            f"{name} (trials: {n})" for name, n in Counter(map(_machine, hardware)).items()
-        )
-        or "not known",
+        "trained on": ", ".join(f"{name} (trials: {n})" for name, n in machines.items()) or "not known",
     }
     page.facts(facts)
     if not found.sessions:

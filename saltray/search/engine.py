@@ -43,6 +43,15 @@ MEDIAN_OF = 5
 """Other trials that must have come as far before the median stops one."""
 
 
+def rungs(epochs: int) -> list[int]:
+    """Return the epochs at which trials of so many are compared with each other, and may be stopped."""
+    found, rung = [], GRACE_EPOCHS
+    while rung <= LAST_RUNG * epochs:
+        found.append(rung)
+        rung *= REDUCTION
+    return found
+
+
 def make_sampler(searcher: Searcher, seed: int, number: int, parallel: bool) -> BaseSampler:
     """Return the sampler of one suggestion.
 
@@ -130,7 +139,7 @@ class StudyHyperBand(_LetsTrialsEnd, AsyncHyperBandScheduler):
             grace_period=grace, reduction_factor=REDUCTION, brackets=brackets or most,
         )  # fmt: skip
         for bracket in self._brackets:
-            bracket._rungs = [rung for rung in bracket._rungs if rung[0] <= LAST_RUNG * epochs]
+            bracket._rungs = [rung for rung in bracket._rungs if rung[0] in rungs(epochs)]
         self._known = {t.number: t.intermediate_values for t in known}
         for number in [t.number for t in known if t.state.is_finished()]:
             self._replay(number, f"study-{number}")

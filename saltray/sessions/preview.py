@@ -20,7 +20,7 @@ from saltray.quiet import quiet
 from saltray.records import run
 from saltray.records.settings import Settings
 from saltray.search import space as spaces
-from saltray.search.engine import GRACE_EPOCHS, LAST_RUNG, REDUCTION
+from saltray.search.engine import REDUCTION, rungs
 from saltray.search.packing import most_side_by_side, tiles_per_second, together
 from saltray.sessions import session, summary
 from saltray.sessions.view import Terminal, duration, text
@@ -133,10 +133,9 @@ def _samples(
 def expected_epochs(epochs: int) -> float:
     """Return the mean epochs of a trial under ASHA where one in `REDUCTION` goes on at each rung."""
     mean, reached, share = 0.0, 0, 1.0
-    rung = min(GRACE_EPOCHS, epochs)
-    while rung <= LAST_RUNG * epochs:
+    for rung in rungs(epochs):
         mean += share * (rung - reached)
-        reached, rung, share = rung, rung * REDUCTION, share / REDUCTION
+        reached, share = rung, share / REDUCTION
     return mean + share * (epochs - reached)
 
 

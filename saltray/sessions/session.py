@@ -251,22 +251,17 @@ def _adopt(
     with quiet(None):
         taken = adopt(study, other, space.draw, origin, compares=not differs)
     if not any(taken):
-        told = f"Warm start: nothing of {origin} can be used: no trial of it has a parameter of this space."
-        console.print(told, soft_wrap=True, markup=False)
+        told = f"nothing of {origin} can be used: no trial of it has a parameter of this space"
     elif differs:
-        console.print(
-            f"Warm start: {origin} had other {' and '.join(differs)}, so that its scores do not compare; "
-            f"its {taken.proposed} best parameters are tried first.",
-            soft_wrap=True,
-            markup=False,
+        told = (
+            f"{origin} had other {' and '.join(differs)}, so that its scores do not compare; "
+            f"its {taken.proposed} best parameters are tried first"
         )
     else:
-        first = f", and {taken.proposed} that were cut off are tried first" if taken.proposed else ""
-        console.print(
-            f"Warm start: {taken.results} results of {origin} taken over{first}.",
-            soft_wrap=True,
-            markup=False,
-        )
+        told = f"{taken.results} results of {origin} taken over"
+        if taken.proposed:
+            told += f", and {taken.proposed} that were cut off are tried first"
+    console.print(f"Warm start: {told}.", soft_wrap=True, markup=False)
 
 
 def _search_and_predict(
